@@ -1,0 +1,66 @@
+"""Input checks shared by the whole package: each error names the value, the allowed range and the remedy."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def check_images(images: Tensor) -> Tensor:
+    """Return `images` if they are a float batch (n, 3, height, width) in [0, 1], else raise ValueError."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape (n, 3, height, width), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [0, 1], got {images.dtype}; divide bytes by 255")
+    if not torch.isfinite(images).all():
+        raise ValueError("images contain NaN or infinity; check the loader or the previous attack")
+    if len(images) and (images.min() < 0 or images.max() > 1):
+        low, high = images.min().item(), images.max().item()
+        raise ValueError(f"images must lie in [0, 1], got [{low:.4g}, {high:.4g}]; normalisation belongs in the model")
+    return images
+
+
+def check_labels(labels: Tensor, classes: int, images: int | None = None) -> Tensor:
+    """Return `labels` if they are integers in [0, classes), one per image, else raise ValueError."""
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of shape (n,), got {labels.dtype} of shape {tuple(labels.shape)}")
+    if images is not None and len(labels) != images:
+        raise ValueError(f"got {len(labels)} labels for {images} images; give one label per image")
+    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        wrong = labels[(labels < 0) | (labels >= classes)][0].item()
+        raise ValueError(f"label {wrong} is out of range; this classifier has classes 0 to {classes - 1}")
+    return labels
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> float:
+    """Return `value` if low <= value <= high, else raise ValueError."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        limits = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name}={value!r} is not allowed; it must be a number {limits}")
+    return value
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`, else raise ValueError listing them."""
+    allowed = list(choices)
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(map(str, allowed))}")
+    return value
+
+
+def check_folder(folder: Path, free_megabytes: float = 1) -> Path:
+    """Create `folder` if needed and return it, or raise OSError if it is not writable or its disk is nearly full."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise OSError(f"cannot use {str(folder)!r} as a folder ({error.strerror}); choose another one") from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"folder {str(folder)!r} is not writable; choose another one or change its permissions")
+    free = shutil.disk_usage(folder).free / 1e6
+    if free < free_megabytes:
+        raise OSError(f"only {free:.1f} MB free for {str(folder)!r}, {free_megabytes:g} MB needed; free some disk space")
+    return folder

@@ -1,0 +1,163 @@
+"""The small language of Tinyworld: captions, paraphrases and facts, and the vocabulary that covers them.
+
+A caption mentions some of the attributes of a scene and leaves others open. `caption` returns the words together with
+what they mean, in the same ten columns as `Scenes.meaning`, so that training knows which pictures a caption fits.
+"""
+
+import random
+import string
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from robustclip.data.tinyworld import ANY, Scenes, values, world
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+COLUMNS = ("count", "shape1", "color1", "texture1", "shape2", "color2", "texture2", "relation", "background", "style")
+# How often a caption says texture + color + shape, color + shape, ... of an object.
+_MENTIONS = {(True, True, True): 0.46, (True, True, False): 0.24, (True, False, False): 0.12, (True, False, True): 0.08,
+             (False, True, True): 0.04, (False, True, False): 0.03, (False, False, True): 0.03}  # fmt: skip
+
+
+@cache
+def words(attribute: str) -> tuple[tuple[str, ...], ...]:
+    """The names of every value of an attribute, canonical name first."""
+    table = {"shape": "shapes", "color": "colors", "texture": "textures", "background": "backgrounds", "style": "styles"}
+    return tuple(tuple(entry["words"]) for entry in world()[table[attribute]].values())
+
+
+@cache
+def _facts(table: str) -> tuple[str, ...]:
+    return tuple(entry["fact"] for entry in world()[table].values())
+
+
+def article(phrase: str) -> str:
+    """The phrase with "a" or "an" before it."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def noun_phrase(shape: str | None, color: str | None = None, texture: str | None = None) -> str:
+    """"striped red star"; an object of unnamed shape is a "thing"."""
+    return " ".join(word for word in (texture, color, shape or "thing") if word)
+
+
+class Speaker:
+    """Says captions about scenes; `synonyms` is the chance of a word other than the canonical one."""
+
+    def __init__(self, seed: int, synonyms: float = 0.25, facts: float = 0.12) -> None:
+        self.random, self.synonyms, self.facts = random.Random(seed), synonyms, facts
+        self.mentions, self.weights = list(_MENTIONS), list(_MENTIONS.values())
+
+    def word(self, attribute: str, value: int) -> str:
+        """A name of the value: usually the first."""
+        names = words(attribute)[value]
+        return names[0] if self.random.random() >= self.synonyms else self.random.choice(names)
+
+    def _object(self, row: list[int], slot: int, says_color: bool) -> tuple[str, dict[str, int]]:
+        """A noun phrase with article about object `slot` (1 or 2), and the columns it mentions."""
+        shape, color, texture = self.random.choices(self.mentions, self.weights)[0]
+        values_at = {name: row[COLUMNS.index(f"{name}{slot}")] for name in ("shape", "color", "texture")}
+        said = {
+            name: values_at[name]
+            for name, wanted in (("shape", shape), ("color", color and says_color), ("texture", texture))
+            if wanted and values_at[name] >= 0
+        }
+        name = {attribute: self.word(attribute, value) for attribute, value in said.items()}
+        phrase = noun_phrase(name.get("shape"), name.get("color"), name.get("texture"))
+        if self.random.random() < 0.5 and "shape" not in said:
+            phrase = phrase.replace("thing", "object")
+        return article(phrase), {f"{attribute}{slot}": value for attribute, value in said.items()}
+
+    def _two(self, row: list[int], says_color: bool) -> tuple[str, dict[str, int]]:
+        """Two noun phrases and their relation, said from either end."""
+        (one, said_one), (two, said_two) = self._object(row, 1, says_color), self._object(row, 2, says_color)
+        relation = row[COLUMNS.index("relation")]
+        pairs = world()["language"]["relations"]
+        forward, backward = pairs[2 * relation], pairs[2 * relation + 1]
+        said = said_one | said_two | {"relation": relation}
+        if self.random.random() < 0.15:
+            del said["relation"]
+            return f"{one} and {two}", said
+        if self.random.random() < 0.5:
+            return f"{one} {self.random.choice(forward)} {two}", said
+        return f"{two} {self.random.choice(backward)} {one}", said
+
+    def _fact(self, said: dict[str, int]) -> str:
+        """An encyclopedic remark about something already mentioned; it adds no meaning."""
+        tables = {"shape1": "shapes", "color1": "colors", "texture1": "textures"}
+        mentioned = [column for column in tables if column in said]
+        if not mentioned or self.random.random() >= self.facts:
+            return ""
+        column = self.random.choice(mentioned)
+        fact = _facts(tables[column])[said[column]]
+        return {"shape1": f", it {fact}", "color1": f", {fact}", "texture1": f" {fact}"}[column]
+
+    def caption(self, row: list[int]) -> tuple[str, dict[str, int]]:
+        """One caption for one row of `Scenes.meaning()` and the columns it mentions."""
+        count, background, style = row[0], row[8], row[9]
+        name = values("style")[style]
+        says_color = name != "scan"
+        said = {"count": count}
+        if count == 0:
+            phrase = f"the {self.word('background', background)}"
+            said["background"] = background
+        elif count == 2:
+            phrase, mentioned = self._two(row, says_color)
+            said |= mentioned
+        else:
+            phrase, mentioned = self._object(row, 1, says_color)
+            said |= mentioned
+            phrase += self._kind(said)
+            phrase += self._fact(said)
+        if count and background >= 0 and name not in ("closeup", "poster") and self.random.random() < 0.22:
+            place = list(world()["backgrounds"].values())[background]
+            phrase += f" {place['preposition']} {self.word('background', background)}"
+            said["background"] = background
+        style_word = self.word("style", style)
+        if self.random.random() < 0.4:
+            style_word = "photo"
+        opening = self.random.choice(world()["language"]["openings"])
+        if "{style}" in opening and style_word not in words("style")[0] + words("style")[3]:
+            said["style"] = style
+        text = opening.format(phrase, style=style_word) if "{style}" in opening else opening.format(phrase)
+        return text, said
+
+    def _kind(self, said: dict[str, int]) -> str:
+        """", a type of pet" after some shapes, as the papers' prompt templates say it."""
+        if "shape1" not in said or self.random.random() > 0.2:
+            return ""
+        kind = world()["language"]["kinds"].get(values("shape")[said["shape1"]])
+        return f", a type of {kind}" if kind else ""
+
+    def captions(self, scenes: Scenes) -> tuple[list[str], Tensor]:
+        """A caption per scene, and (n, 10) what each mentions (`ANY` where it is silent)."""
+        texts, meanings = [], []
+        for row in scenes.meaning().tolist():
+            text, said = self.caption(row)
+            texts.append(text)
+            meanings.append([said.get(column, ANY) for column in COLUMNS])
+        return texts, torch.tensor(meanings)
+
+
+def _walk_strings(entry: object) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    if isinstance(entry, dict):
+        return [text for value in entry.values() for text in _walk_strings(value)]
+    if isinstance(entry, list):
+        return [text for value in entry for text in _walk_strings(value)]
+    return []
+
+
+def vocabulary() -> list[str]:
+    """Tokens of the shared word-piece vocabulary: special tokens, single characters and pieces, then every word."""
+    characters = list(string.ascii_lowercase + string.digits + string.punctuation)
+    pieces = [f"##{character}" for character in string.ascii_lowercase + string.digits]
+    text = " ".join(_walk_strings(world()["language"]))
+    for table in ("shapes", "colors", "textures", "backgrounds", "styles"):
+        for name, entry in world()[table].items():
+            text += f" {name} " + " ".join(_walk_strings({k: v for k, v in entry.items() if k not in ("parts", "pattern")}))
+    split = "".join(character if character.isalnum() else " " for character in text.lower()).split()
+    found = dict.fromkeys(["a", "an", "the", "it", "and", *split])
+    return [*SPECIAL_TOKENS, *characters, *pieces, *(word for word in found if word not in characters)]

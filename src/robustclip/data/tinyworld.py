@@ -1,0 +1,430 @@
+"""Tinyworld: a small visual world drawn by code, in which names are compositional ("striped red star").
+
+`sample_scenes` decides what is in each picture, `draw` renders it. Both are vectorised and deterministic: image `i` of
+a stream depends on the stream's seed and on `i` alone, so any slice of any stream can be drawn without the rest.
+Only additions, products, comparisons and table look-ups touch a pixel, which keeps the bytes equal across machines.
+"""
+
+import hashlib
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIZE = 32  # pixels per side
+CHUNK = 64  # images that share one generator; small enough for a chunk to stay in cache
+MAX_OBJECTS = 2
+ANY, UNSEEN = -1, -2  # attribute values: "not specified" and "cannot be seen in this picture"
+GRID = 96  # samples per side of a shape or texture table, over object coordinates [-1.5, 1.5]
+REACH = 1.5
+STYLES_WITHOUT_COLOR = ("scan",)
+HELD_OUT_SHARE = 5  # one color-shape pair in five is never shown to the embedded models
+
+
+@cache
+def world() -> dict:
+    """The vocabulary and geometry of Tinyworld, as written in `assets/world.toml`."""
+    return tomllib.loads(files("robustclip").joinpath("assets/world.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def values(attribute: str) -> tuple[str, ...]:
+    """Canonical names of one attribute ("shape", "color", "texture", "background", "style") in index order."""
+    tables = {"shape": "shapes", "color": "colors", "texture": "textures", "background": "backgrounds", "style": "styles"}
+    return tuple(world()[tables[attribute]])
+
+
+def index(attribute: str, name: str) -> int:
+    """Index of a canonical attribute name."""
+    if name not in values(attribute):
+        raise ValueError(f"unknown {attribute} {name!r}; Tinyworld has {', '.join(values(attribute))}")
+    return values(attribute).index(name)
+
+
+def is_held_out(shape: Tensor | int, color: Tensor | int) -> Tensor | bool:
+    """Whether a color-shape pair belongs to the fifth of pairs kept for zero-shot transfer."""
+    return (2 * shape + color) % HELD_OUT_SHARE == 0
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What is in each picture: integer tensors, one row per picture; object columns are (first, second)."""
+
+    shape: Tensor  # (n, 2)
+    color: Tensor  # (n, 2)
+    texture: Tensor  # (n, 2)
+    count: Tensor  # (n,) number of objects: 0, 1 or 2
+    relation: Tensor  # (n,) 0: first above second, 1: first left of second
+    background: Tensor  # (n,)
+    style: Tensor  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Scenes":
+        return Scenes(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def meaning(self) -> Tensor:
+        """(n, 10) attributes a caption may mention; invisible ones are `UNSEEN`."""
+        columns = torch.stack(
+            [
+                self.count,
+                *(table[:, slot] for slot in range(MAX_OBJECTS) for table in (self.shape, self.color, self.texture)),
+                self.relation,
+                self.background,
+                self.style,
+            ],
+            dim=1,
+        )
+        columns[self.count < 1, 1:4] = UNSEEN
+        columns[self.count < 2, 4:8] = UNSEEN
+        colorless = torch.isin(self.style, torch.tensor([index("style", name) for name in STYLES_WITHOUT_COLOR]))
+        columns[colorless, 2] = columns[colorless, 5] = UNSEEN
+        plain_paper = self.style == index("style", "sketch")
+        columns[plain_paper | colorless, 8] = UNSEEN
+        columns[self.style == index("style", "closeup"), 1] = UNSEEN
+        return columns
+
+
+# --- streams of random numbers ----------------------------------------------------------------------------------------
+
+
+def generator(name: str, chunk: int = 0) -> torch.Generator:
+    """Random numbers that depend on a stream's name and chunk number only."""
+    digest = hashlib.sha256(f"{name}#{chunk}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def stream(name: str, start: int, stop: int, make: Callable[[torch.Generator, slice], Tensor]) -> Tensor:
+    """Rows `start:stop` of a stream produced chunk by chunk with `make(generator, rows)`."""
+    parts = []
+    for chunk in range(start // CHUNK, -(-stop // CHUNK)):
+        rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+        part = make(generator(name, chunk), rows)
+        parts.append(part[max(start - rows.start, 0) : stop - rows.start])
+    return torch.cat(parts)
+
+
+def randint(random: torch.Generator, high: int, shape: Sequence[int]) -> Tensor:
+    """Uniform integers below `high`."""
+    return torch.randint(high, tuple(shape), generator=random)
+
+
+def uniform(random: torch.Generator, low: float, high: float, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers in [low, high)."""
+    return low + (high - low) * torch.rand(tuple(shape), generator=random)
+
+
+def sample_scenes(
+    random: torch.Generator, wanted: Tensor, count: Tensor, style: Tensor, exclude_held_out: bool = False
+) -> Scenes:
+    """Complete partial wishes at random.
+
+    `wanted` is (n, 4): shape, color, texture, background of the first object and its surroundings, `ANY` where free.
+    With `exclude_held_out`, free choices never form a held-out color-shape pair.
+    """
+    n = len(wanted)
+    drawn = [randint(random, len(values(name)), (n, MAX_OBJECTS)) for name in ("shape", "color", "texture")]
+    for slot, column in enumerate(drawn):
+        column[:, 0] = torch.where(wanted[:, slot] >= 0, wanted[:, slot], column[:, 0])
+    shape, color, texture = drawn
+    shape[style == index("style", "closeup")] = index("shape", "square")
+    if exclude_held_out:
+        shift = 1 + randint(random, HELD_OUT_SHARE - 1, (n, MAX_OBJECTS))
+        moved = (color + shift) % len(values("color"))
+        moved = torch.where(is_held_out(shape, moved), (color + 1) % len(values("color")), moved)
+        color = torch.where(is_held_out(shape, color), moved, color)
+    background = randint(random, len(values("background")), (n,))
+    background = torch.where(wanted[:, 3] >= 0, wanted[:, 3], background)
+    relation = randint(random, 2, (n,))
+    return Scenes(shape, color, texture, count.clone(), relation, background, style.clone())
+
+
+# --- look-up tables ---------------------------------------------------------------------------------------------------
+
+
+def _part_distance(kind: str, numbers: Sequence[float], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance (negative inside) of one part of a shape at the points (x, y)."""
+    if kind == "circle":
+        cx, cy, radius = numbers
+        return np.hypot(x - cx, y - cy) - radius
+    if kind == "box":
+        cx, cy, half_width, half_height = numbers
+        dx, dy = np.abs(x - cx) - half_width, np.abs(y - cy) - half_height
+        return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
+    if kind == "poly":
+        return _polygon_distance(np.array(numbers).reshape(-1, 2), x, y)
+    raise ValueError(f"unknown part {kind!r} in world.toml; known parts are circle, box and poly")
+
+
+def _polygon_distance(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to a polygon: nearest edge, sign by the even-odd rule."""
+    distance, inside = np.full_like(x, np.inf), np.zeros(x.shape, dtype=bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
+        along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
+        distance = np.minimum(distance, np.hypot(px - along * ex, py - along * ey))
+        crosses = (ay > y) != (by > y)
+        inside ^= crosses & (px * (by - ay) < ex * py if by > ay else px * (by - ay) > ex * py)
+    return np.where(inside, -distance, distance)
+
+
+def _object_grid() -> tuple[np.ndarray, np.ndarray]:
+    line = np.linspace(-REACH, REACH, GRID)
+    return np.meshgrid(line, line, indexing="xy")
+
+
+def _quantised(table: np.ndarray) -> Tensor:
+    """Round to 1/1024, so that the last bits of a platform's libm cannot reach a pixel."""
+    return torch.from_numpy(np.round(table * 1024).astype(np.int32)).float() / 1024
+
+
+@cache
+def shape_tables() -> Tensor:
+    """(shapes, GRID * GRID) signed distances in units of the object's radius."""
+    x, y = _object_grid()
+    tables = []
+    for shape in world()["shapes"].values():
+        distance = np.full_like(x, np.inf)
+        for sign, kind, *numbers in shape["parts"]:
+            part = _part_distance(kind, numbers, x, y)
+            distance = np.minimum(distance, part) if sign == "+" else np.maximum(distance, -part)
+        tables.append(np.clip(distance, -2, 2).ravel())
+    return _quantised(np.stack(tables))
+
+
+def _wave(t: np.ndarray) -> np.ndarray:
+    """Triangle wave of period 1 between -1 and 1."""
+    return 4 * np.abs(t - np.floor(t + 0.5)) - 1
+
+
+@cache
+def texture_tables() -> Tensor:
+    """(textures, GRID * GRID) share of the second color; `framed` depends on the outline and is added when drawing."""
+    x, y = _object_grid()
+    sharp = 4.0
+    patterns = {
+        "plain": np.zeros_like(x),
+        "striped": np.clip(0.5 + sharp * 0.5 * _wave(y * 1.6), 0, 1),
+        "dotted": np.clip(0.5 + sharp * (0.36 - np.hypot(_wave(x * 1.6 + 0.5) + 1, _wave(y * 1.6 + 0.5) + 1) / 2), 0, 1),
+        "checkered": np.clip(0.5 + sharp * _wave(x * 1.1 + 0.25) * _wave(y * 1.1 + 0.25), 0, 1),
+        "framed": np.zeros_like(x),
+        "halved": np.clip(0.5 + sharp * 2 * x, 0, 1),
+    }
+    return _quantised(np.stack([patterns[name].ravel() for name in values("texture")]))
+
+
+def _smooth(noise: np.ndarray, passes: int) -> np.ndarray:
+    """Periodic blur, rescaled to [0, 1]."""
+    for _ in range(passes):
+        noise = sum(np.roll(noise, shift, axis) for shift in (-1, 0, 1) for axis in (0, 1)) / 6
+    return (noise - noise.min()) / (noise.max() - noise.min())
+
+
+@cache
+def background_tables() -> Tensor:
+    """(backgrounds, 64 * 64) periodic patterns in [0, 1] that mix a background's two colors."""
+    side = 64
+    noise = np.random.default_rng(7).random((side, side))
+    y, x = np.mgrid[0:side, 0:side]
+    brick_x = (x + 8 * ((y // 8) % 2)) % 16
+    patterns = {
+        "fade": np.abs(y / side * 2 - 1),
+        "noise": noise,
+        "cloud": _smooth(noise, 10),
+        "brick": ((y % 8 == 0) | (brick_x == 0)).astype(float),
+        "wave": np.clip(0.5 + _wave(y / 8 + 0.5 * _smooth(noise, 40)) * 0.6, 0, 1),
+        "speck": (noise > 0.06).astype(float),
+        "plank": np.where(x % 12 == 0, 0.0, 0.5 + 0.5 * _smooth(np.repeat(noise[:1], side, 0), 2)),
+        "weave": (((x + y) // 4 + (x - y) // 4) % 2).astype(float),
+    }
+    return _quantised(np.stack([patterns[b["pattern"]].ravel() for b in world()["backgrounds"].values()]))
+
+
+@cache
+def _turns() -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 256 equally spaced angles."""
+    angles = [2 * math.pi * step / 256 for step in range(256)]
+    return torch.tensor([math.cos(a) for a in angles]), torch.tensor([math.sin(a) for a in angles])
+
+
+def _palette(table: str, *keys: str) -> Tensor:
+    return torch.tensor([[entry[key] for key in keys] for entry in world()[table].values()])
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where an object is: centre and radius in units of half the picture, `turn` in 1/256 of a full turn."""
+
+    x: Tensor
+    y: Tensor
+    radius: Tensor
+    turn: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Pose":
+        return Pose(self.x[rows], self.y[rows], self.radius[rows], self.turn[rows])
+
+
+def _pixels() -> tuple[Tensor, Tensor]:
+    line = (torch.arange(SIZE, dtype=torch.float32) + 0.5) * (2 / SIZE) - 1
+    return line.repeat(SIZE), line.repeat_interleave(SIZE)
+
+
+def _look_up(table: Tensor, kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Bilinear look-up of `table[kind]` at object coordinates (u, v), each (n, pixels)."""
+    scale = (GRID - 1) / (2 * REACH)
+    gu, gv = ((u + REACH) * scale).clamp(0, GRID - 1.001), ((v + REACH) * scale).clamp(0, GRID - 1.001)
+    left, top = gu.floor(), gv.floor()
+    du, dv = gu - left, gv - top
+    at = (kind[:, None] * (GRID * GRID) + top.long() * GRID + left.long()).view(-1)
+    flat = table.view(-1)
+    corner = [flat[at + step].view_as(du) for step in (0, 1, GRID, GRID + 1)]
+    upper = corner[0] + (corner[1] - corner[0]) * du
+    lower = corner[2] + (corner[3] - corner[2]) * du
+    return upper + (lower - upper) * dv
+
+
+def _paint(canvas: Tensor, scenes: Scenes, slot: int, rgb: Tensor, pose: Pose) -> tuple[Tensor, Tensor]:
+    """Paint one object per picture onto `canvas` (n, 3, pixels); return its coverage and outline distance in pixels."""
+    x, y = _pixels()
+    cos, sin = (table[pose.turn][:, None] / pose.radius[:, None] for table in _turns())
+    dx, dy = x - pose.x[:, None], y - pose.y[:, None]
+    u, v = dx * cos + dy * sin, dy * cos - dx * sin
+    reach = pose.radius[:, None] * (SIZE / 2)
+    distance = _look_up(shape_tables(), scenes.shape[:, slot], u, v) * reach
+    mix = _look_up(texture_tables(), scenes.texture[:, slot], u, v)
+    frame = (distance + 0.30 * reach).clamp(0, 1)
+    mix = torch.where((scenes.texture[:, slot] == index("texture", "framed"))[:, None], frame, mix)
+    coverage = (0.5 - distance).clamp(0, 1)
+    shadow = (1 - distance.abs() / 1.6).clamp(min=0) * 0.45
+    dark = (rgb * torch.tensor([0.3, 0.6, 0.1])).sum(1, keepdim=True) < 0.45
+    second = rgb + (dark.float() - rgb) * 0.72
+    ink = rgb[:, :, None] + (second - rgb)[:, :, None] * mix[:, None]
+    canvas.mul_((1 - shadow)[:, None]).add_((ink - canvas) * coverage[:, None])
+    return coverage, distance
+
+
+def _background(random: torch.Generator, scenes: Scenes) -> Tensor:
+    """(n, 3, pixels) backdrop of each picture; aerial pictures show the pattern twice as fine."""
+    n, side = len(scenes), 64
+    offset, tint = randint(random, side, (n, 2)), uniform(random, -0.06, 0.06, (n, 3, 1))
+    zoom = 1 + (scenes.style == index("style", "aerial")).long()
+    row, column = torch.arange(SIZE).repeat_interleave(SIZE), torch.arange(SIZE).repeat(SIZE)
+    x = (column * zoom[:, None] + offset[:, :1]) % side
+    y = (row * zoom[:, None] + offset[:, 1:]) % side
+    mix = background_tables().view(-1)[scenes.background[:, None] * side * side + y * side + x][:, None]
+    colors = _palette("backgrounds", "low", "high")[scenes.background]
+    low, high = colors[:, 0, :, None], colors[:, 1, :, None]
+    return low + (high - low) * mix + tint
+
+
+def _poses(random: torch.Generator, scenes: Scenes) -> list[Pose]:
+    """Random poses: one large object, or two smaller ones above or beside each other."""
+    n, pair = len(scenes), scenes.count > 1
+    jitter = uniform(random, -1, 1, (4, n))
+    turn, size = randint(random, 31, (2, n)) - 15, uniform(random, 0, 1, (2, n))
+    poses = []
+    for slot, side in enumerate((-1, 1)):
+        radius = torch.where(pair, 0.40 + 0.08 * size[slot], 0.58 + 0.22 * size[slot])
+        above, beside = pair & (scenes.relation == 0), pair & (scenes.relation == 1)
+        free = torch.where(pair, torch.tensor(0.06), 0.95 - radius)
+        x = free * jitter[2 * slot] + 0.48 * side * beside
+        y = free * jitter[2 * slot + 1] + 0.48 * side * above
+        close = scenes.style == index("style", "closeup")
+        radius = torch.where(close, torch.tensor(1.5), radius)
+        poses.append(Pose(torch.where(close, 0.1 * x, x), torch.where(close, 0.1 * y, y), radius, turn[slot] % 256))
+    return poses
+
+
+def _distractors(random: torch.Generator, canvas: Tensor, number: int, radius: float) -> None:
+    """Scatter small objects that have nothing to do with the label."""
+    n = len(canvas)
+    for _ in range(number):
+        kinds = [randint(random, 4, (n, 1)) for _ in range(3)]
+        pose = Pose(*uniform(random, -0.95, 0.95, (2, n)), torch.full((n,), radius), randint(random, 256, (n,)))
+        nothing = torch.zeros(n, dtype=torch.long)
+        _paint(canvas, Scenes(*kinds, *(nothing,) * 4), 0, uniform(random, 0.1, 0.9, (n, 3)), pose)
+
+
+def _sketched(canvas: Tensor, coverage: Tensor, distance: Tensor, paper: float = 0.95) -> Tensor:
+    """Colored pencil on white paper: dark outlines, thin filling, no backdrop."""
+    line = (1.3 - distance.abs()).clamp(0, 1)[:, None]
+    filled = paper + (canvas - paper) * coverage[:, None] * 0.7
+    return filled * (1 - line) + canvas * 0.45 * line
+
+
+def _scanned(canvas: Tensor, coverage: Tensor) -> Tensor:
+    """A gray scan: tissue glows inside an oval, color is lost."""
+    x, y = _pixels()
+    oval = (1.25 - (x * x + y * y)).clamp(0, 1) * 0.5
+    gray = canvas[:, :1] * 0.3 + canvas[:, 1:2] * 0.6 + canvas[:, 2:] * 0.1
+    dim = gray * 0.25 * oval + 0.08
+    return (dim + (0.35 + 0.6 * gray - dim) * coverage[:, None]).expand_as(canvas)
+
+
+def _poster(canvas: Tensor, distance: Tensor) -> Tensor:
+    """Flat printed colors: four levels per channel and a black contour."""
+    flat = (canvas * 3 + 0.5).floor() / 3
+    return flat * (1 - (1.4 - distance.abs()).clamp(0, 1) * 0.9)[:, None]
+
+
+def _render(random: torch.Generator, scenes: Scenes) -> Tensor:
+    """One chunk of pictures, uint8 (n, 3, SIZE, SIZE)."""
+    n = len(scenes)
+    named = {name: scenes.style == index("style", name) for name in values("style")}
+    canvas = _background(random, scenes)
+    canvas[named["poster"]] = canvas[named["poster"], :, :1]
+    crowd = canvas[named["clutter"]]
+    _distractors(random, crowd, 4, 0.22)
+    canvas[named["clutter"]] = crowd
+    rgb = _palette("colors", "rgb")[:, 0][scenes.color] + uniform(random, -0.05, 0.05, (n, MAX_OBJECTS, 3))
+    coverage, distance = torch.zeros(n, SIZE * SIZE), torch.full((n, SIZE * SIZE), 9.0)
+    for slot, pose in enumerate(_poses(random, scenes)):
+        rows = (scenes.count > slot).nonzero()[:, 0]
+        part = canvas[rows]
+        covered, outline = _paint(part, scenes[rows], slot, rgb[rows, slot], pose[rows])
+        canvas[rows] = part
+        coverage[rows] = torch.maximum(coverage[rows], covered)
+        distance[rows] = torch.where(outline.abs() < distance[rows].abs(), outline, distance[rows])
+    crowd = canvas[named["clutter"]]
+    _distractors(random, crowd, 2, 0.16)
+    canvas[named["clutter"]] = crowd
+    gain, tilt = uniform(random, 0.85, 1.08, (n, 1)), uniform(random, -0.14, 0.14, (n, 2))
+    x, y = _pixels()
+    canvas = canvas * (gain + tilt[:, :1] * x + tilt[:, 1:] * y)[:, None]
+    for name, change in (
+        ("sketch", lambda rows: _sketched(canvas[rows], coverage[rows], distance[rows])),
+        ("scan", lambda rows: _scanned(canvas[rows], coverage[rows])),
+        ("poster", lambda rows: _poster(canvas[rows], distance[rows])),
+    ):
+        if named[name].any():
+            canvas[named[name]] = change(named[name])
+    amount = uniform(random, 0.02, 0.12, (n, 1, 1)) * (1 + named["scan"].float())[:, None, None]
+    noise = torch.rand(canvas.shape, generator=random) + torch.rand(canvas.shape, generator=random) - 1
+    canvas = (canvas + noise * amount).clamp(0, 1)
+    return (canvas * 255 + 0.5).floor().to(torch.uint8).view(n, 3, SIZE, SIZE)
+
+
+def draw(scenes: Scenes, name: str, start: int = 0) -> Tensor:
+    """Render scenes `start, start + 1, ...` of the stream `name`: uint8 (n, 3, 32, 32).
+
+    `start` must begin a chunk (a multiple of 64); rows of an incomplete last chunk are drawn as if it were full.
+    """
+    if start % CHUNK:
+        raise ValueError(f"start={start} is not a multiple of {CHUNK}; draw whole chunks and slice the result")
+    parts = []
+    for first in range(0, len(scenes), CHUNK):
+        part = scenes[first : first + CHUNK]
+        missing = CHUNK - len(part)
+        full = part[torch.arange(CHUNK).clamp(max=len(part) - 1)] if missing else part
+        parts.append(_render(generator(f"draw/{name}", (start + first) // CHUNK), full)[: len(part)])
+    return torch.cat(parts)

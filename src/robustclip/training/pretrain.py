@@ -1,0 +1,176 @@
+"""Train the embedded models from nothing: `python -m robustclip.training.pretrain clip` (or `mlm`).
+
+Both read Tinyworld only. The CLIP sees scenes and captions, never a held-out color-shape pair; the masked language model
+sees the captions. Each folder is written in the format of its library (open_clip, transformers), with a model card.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robustclip import _torchvision
+from robustclip.data import tinyworld
+from robustclip.data.grammar import Speaker, vocabulary
+from robustclip.data.tinyworld import ANY, Scenes
+
+_torchvision.prepare()
+
+CONTEXT = 24  # tokens per caption
+BATCH = 256
+STYLE_SHARES = {"photo": 0.68, "sketch": 0.07, "poster": 0.07, "clutter": 0.06, "scan": 0.05, "closeup": 0.04, "aerial": 0.03}
+PAIR_SHARE = 0.15  # of photos that show two objects
+CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 48, "layers": [1, 2, 2, 1], "width": 16, "patch_size": None, "head_width": 64},
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "vocab_size": 0,
+            "hf_tokenizer_name": "tinyworld",
+            "width": 64,
+            "heads": 4,
+            "layers": 2,
+            "pool_type": "first",
+            "no_causal_mask": True,
+        },
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear", "resize_mode": "squash"},
+}
+
+
+# --- what the models see ----------------------------------------------------------------------------------------------
+
+
+def training_scenes(batch: int) -> Scenes:
+    """One batch of scenes of the pre-training stream; none shows a held-out color-shape pair."""
+    random = tinyworld.generator("pretrain/scenes", batch)
+    styles = tinyworld.values("style")
+    shares = torch.tensor([STYLE_SHARES[name] for name in styles])
+    style = torch.multinomial(shares, BATCH, replacement=True, generator=random)
+    count = torch.ones(BATCH, dtype=torch.long)
+    pair = torch.rand(BATCH, generator=random) < PAIR_SHARE
+    count[pair & (style == styles.index("photo"))] = 2
+    count[style == styles.index("aerial")] = 0
+    count[(torch.rand(BATCH, generator=random) < 0.03) & (style == styles.index("photo"))] = 0
+    free = torch.full((BATCH, 4), ANY)
+    return tinyworld.sample_scenes(random, free, count, style, exclude_held_out=True)
+
+
+class Stream(torch.utils.data.Dataset):
+    """Batches of (images, tokens, picture meanings, caption meanings)."""
+
+    def __init__(self, batches: int, tokenizer) -> None:
+        self.batches, self.tokenizer = batches, tokenizer
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scenes = training_scenes(batch)
+        texts, said = Speaker(batch).captions(scenes)
+        images = tinyworld.draw(scenes, f"pretrain/{batch}")
+        return images, tokenize(self.tokenizer, texts), scenes.meaning(), said
+
+
+def tokenize(tokenizer, texts: list[str]) -> Tensor:
+    """(n, CONTEXT) token ids."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt")["input_ids"]
+
+
+def write_tokenizer(folder: Path):
+    """Save the shared word-piece tokenizer in transformers' format and return it."""
+    from transformers import BertTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, fits: Tensor) -> Tensor:
+    """CLIP's symmetric loss where a caption may fit several pictures: targets are spread evenly over all that fit.
+
+    `images`, `texts` are (n, d) unit rows; `fits[i, j]` says whether caption j is true of picture i.
+    """
+    logits = scale * images @ texts.T
+    rows = fits / fits.sum(1, keepdim=True).clamp(min=1)
+    columns = fits / fits.sum(0, keepdim=True).clamp(min=1)
+    return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns.T)) / 2
+
+
+def fits(pictures: Tensor, said: Tensor) -> Tensor:
+    """(n, n) float: caption j mentions nothing that picture i contradicts."""
+    return ((said[None] == ANY) | (said[None] == pictures[:, None])).all(-1).float()
+
+
+def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
+    """Linear warm-up, then a cosine to zero; a factor between 0 and 1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def build_clip(folder: Path) -> nn.Module:
+    """A randomly initialised CLIP from the configuration in `folder`."""
+    import open_clip
+
+    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    return open_clip.CLIP(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
+
+
+def train_clip(folder: Path, steps: int, workers: int = 1, peak: float = 2e-3, report_every: int = 100) -> dict:
+    """Train the embedded CLIP for `steps` batches of 256 and save it in open_clip's folder format."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    tokenizer = write_tokenizer(folder)
+    config = json.loads(json.dumps(CLIP_CONFIG))
+    config["model_cfg"]["text_cfg"]["vocab_size"] = len(tokenizer)
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_clip(folder).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    loader = torch.utils.data.DataLoader(Stream(steps, tokenizer), batch_size=None, num_workers=workers)
+    mean, std = (torch.tensor(config["preprocess_cfg"][key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+    start, size = time.time(), config["model_cfg"]["vision_cfg"]["image_size"]
+    for step, batch in enumerate(loader):
+        images, tokens, pictures, said = (part.to(device) for part in batch)
+        pixels = (images.float() / 255 - mean) / std
+        if size != tinyworld.SIZE:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=False)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            image_features = model.encode_image(pixels.contiguous(memory_format=torch.channels_last))
+            text_features = model.encode_text(tokens)
+        normal = [F.normalize(features.float(), dim=-1) for features in (image_features, text_features)]
+        loss = contrastive_loss(*normal, model.logit_scale.exp(), fits(pictures, said))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
+        if step % report_every == report_every - 1:
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return {"steps": steps, "images": steps * BATCH, "seconds": round(time.time() - start), "device": device}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=["clip"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    arguments = parser.parse_args()
+    print(train_clip(arguments.out, arguments.steps))
