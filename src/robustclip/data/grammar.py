@@ -43,11 +43,18 @@ def noun_phrase(shape: str | None, color: str | None = None, texture: str | None
 
 
 class Speaker:
-    """Says captions about scenes; `synonyms` is the chance of a word other than the canonical one."""
+    """Says captions about scenes.
 
-    def __init__(self, seed: int, synonyms: float = 0.25, facts: float = 0.12) -> None:
+    `synonyms` is the chance of a word other than the canonical one, `facts` that of an encyclopedic remark; a
+    `complete` speaker names every attribute of every object.
+    """
+
+    def __init__(
+        self, seed: int | str, synonyms: float = 0.25, facts: float = 0.12, complete: bool = False
+    ) -> None:
         self.random, self.synonyms, self.facts = random.Random(seed), synonyms, facts
-        self.mentions, self.weights = list(_MENTIONS), list(_MENTIONS.values())
+        mentions = {(True, True, True): 1.0} if complete else _MENTIONS
+        self.mentions, self.weights = list(mentions), list(mentions.values())
 
     def word(self, attribute: str, value: int) -> str:
         """A name of the value: usually the first."""

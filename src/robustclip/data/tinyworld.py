@@ -8,7 +8,7 @@ Only additions, products, comparisons and table look-ups touch a pixel, which ke
 import hashlib
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -70,6 +70,11 @@ class Scenes:
     def __getitem__(self, rows: slice | Tensor) -> "Scenes":
         return Scenes(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    @staticmethod
+    def join(parts: Sequence["Scenes"]) -> "Scenes":
+        """Concatenate batches of scenes."""
+        return Scenes(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Scenes)))
+
     def meaning(self) -> Tensor:
         """(n, 10) attributes a caption may mention; invisible ones are `UNSEEN`."""
         columns = torch.stack(
@@ -99,16 +104,6 @@ def generator(name: str, chunk: int = 0) -> torch.Generator:
     """Random numbers that depend on a stream's name and chunk number only."""
     digest = hashlib.sha256(f"{name}#{chunk}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def stream(name: str, start: int, stop: int, make: Callable[[torch.Generator, slice], Tensor]) -> Tensor:
-    """Rows `start:stop` of a stream produced chunk by chunk with `make(generator, rows)`."""
-    parts = []
-    for chunk in range(start // CHUNK, -(-stop // CHUNK)):
-        rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        part = make(generator(name, chunk), rows)
-        parts.append(part[max(start - rows.start, 0) : stop - rows.start])
-    return torch.cat(parts)
 
 
 def randint(random: torch.Generator, high: int, shape: Sequence[int]) -> Tensor:
@@ -327,14 +322,14 @@ def _background(random: torch.Generator, scenes: Scenes) -> Tensor:
     return low + (high - low) * mix + tint
 
 
-def _poses(random: torch.Generator, scenes: Scenes) -> list[Pose]:
+def _poses(random: torch.Generator, scenes: Scenes, scale: float) -> list[Pose]:
     """Random poses: one large object, or two smaller ones above or beside each other."""
     n, pair = len(scenes), scenes.count > 1
     jitter = uniform(random, -1, 1, (4, n))
     turn, size = randint(random, 31, (2, n)) - 15, uniform(random, 0, 1, (2, n))
     poses = []
     for slot, side in enumerate((-1, 1)):
-        radius = torch.where(pair, 0.40 + 0.08 * size[slot], 0.58 + 0.22 * size[slot])
+        radius = scale * torch.where(pair, 0.40 + 0.08 * size[slot], 0.58 + 0.22 * size[slot])
         above, beside = pair & (scenes.relation == 0), pair & (scenes.relation == 1)
         free = torch.where(pair, torch.tensor(0.06), 0.95 - radius)
         x = free * jitter[2 * slot] + 0.48 * side * beside
@@ -377,7 +372,7 @@ def _poster(canvas: Tensor, distance: Tensor) -> Tensor:
     return flat * (1 - (1.4 - distance.abs()).clamp(0, 1) * 0.9)[:, None]
 
 
-def _render(random: torch.Generator, scenes: Scenes) -> Tensor:
+def _render(random: torch.Generator, scenes: Scenes, scale: float) -> Tensor:
     """One chunk of pictures, uint8 (n, 3, SIZE, SIZE)."""
     n = len(scenes)
     named = {name: scenes.style == index("style", name) for name in values("style")}
@@ -388,7 +383,7 @@ def _render(random: torch.Generator, scenes: Scenes) -> Tensor:
     canvas[named["clutter"]] = crowd
     rgb = _palette("colors", "rgb")[:, 0][scenes.color] + uniform(random, -0.05, 0.05, (n, MAX_OBJECTS, 3))
     coverage, distance = torch.zeros(n, SIZE * SIZE), torch.full((n, SIZE * SIZE), 9.0)
-    for slot, pose in enumerate(_poses(random, scenes)):
+    for slot, pose in enumerate(_poses(random, scenes, scale)):
         rows = (scenes.count > slot).nonzero()[:, 0]
         part = canvas[rows]
         covered, outline = _paint(part, scenes[rows], slot, rgb[rows, slot], pose[rows])
@@ -414,8 +409,8 @@ def _render(random: torch.Generator, scenes: Scenes) -> Tensor:
     return (canvas * 255 + 0.5).floor().to(torch.uint8).view(n, 3, SIZE, SIZE)
 
 
-def draw(scenes: Scenes, name: str, start: int = 0) -> Tensor:
-    """Render scenes `start, start + 1, ...` of the stream `name`: uint8 (n, 3, 32, 32).
+def draw(scenes: Scenes, name: str, start: int = 0, scale: float = 1.0) -> Tensor:
+    """Render scenes `start, start + 1, ...` of the stream `name`: uint8 (n, 3, 32, 32); `scale` changes object size.
 
     `start` must begin a chunk (a multiple of 64); rows of an incomplete last chunk are drawn as if it were full.
     """
@@ -426,5 +421,5 @@ def draw(scenes: Scenes, name: str, start: int = 0) -> Tensor:
         part = scenes[first : first + CHUNK]
         missing = CHUNK - len(part)
         full = part[torch.arange(CHUNK).clamp(max=len(part) - 1)] if missing else part
-        parts.append(_render(generator(f"draw/{name}", (start + first) // CHUNK), full)[: len(part)])
+        parts.append(_render(generator(f"draw/{name}", (start + first) // CHUNK), full, scale)[: len(part)])
     return torch.cat(parts)
