@@ -288,7 +288,9 @@ def _look_up(table: Tensor, kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return upper + (lower - upper) * dv
 
 
-def _paint(canvas: Tensor, scenes: Scenes, slot: int, rgb: Tensor, pose: Pose) -> tuple[Tensor, Tensor]:
+def _paint(
+    canvas: Tensor, scenes: Scenes, slot: int, rgb: Tensor, pose: Pose, opacity: Tensor
+) -> tuple[Tensor, Tensor]:
     """Paint one object per picture onto `canvas` (n, 3, pixels); return its coverage and outline distance in pixels."""
     x, y = _pixels()
     cos, sin = (table[pose.turn][:, None] / pose.radius[:, None] for table in _turns())
@@ -299,8 +301,8 @@ def _paint(canvas: Tensor, scenes: Scenes, slot: int, rgb: Tensor, pose: Pose) -
     mix = _look_up(texture_tables(), scenes.texture[:, slot], u, v)
     frame = (distance + 0.30 * reach).clamp(0, 1)
     mix = torch.where((scenes.texture[:, slot] == index("texture", "framed"))[:, None], frame, mix)
-    coverage = (0.5 - distance).clamp(0, 1)
-    shadow = (1 - distance.abs() / 1.6).clamp(min=0) * 0.45
+    coverage = (0.5 - distance).clamp(0, 1) * opacity[:, None]
+    shadow = (1 - distance.abs() / 1.6).clamp(min=0) * opacity[:, None] * 0.35
     dark = (rgb * torch.tensor([0.3, 0.6, 0.1])).sum(1, keepdim=True) < 0.45
     second = rgb + (dark.float() - rgb) * 0.72
     ink = rgb[:, :, None] + (second - rgb)[:, :, None] * mix[:, None]
@@ -326,10 +328,10 @@ def _poses(random: torch.Generator, scenes: Scenes, scale: float) -> list[Pose]:
     """Random poses: one large object, or two smaller ones above or beside each other."""
     n, pair = len(scenes), scenes.count > 1
     jitter = uniform(random, -1, 1, (4, n))
-    turn, size = randint(random, 31, (2, n)) - 15, uniform(random, 0, 1, (2, n))
+    turn, size = randint(random, 41, (2, n)) - 20, uniform(random, 0, 1, (2, n))
     poses = []
     for slot, side in enumerate((-1, 1)):
-        radius = scale * torch.where(pair, 0.40 + 0.08 * size[slot], 0.58 + 0.22 * size[slot])
+        radius = scale * torch.where(pair, 0.36 + 0.10 * size[slot], 0.46 + 0.32 * size[slot])
         above, beside = pair & (scenes.relation == 0), pair & (scenes.relation == 1)
         free = torch.where(pair, torch.tensor(0.06), 0.95 - radius)
         x = free * jitter[2 * slot] + 0.48 * side * beside
@@ -347,7 +349,7 @@ def _distractors(random: torch.Generator, canvas: Tensor, number: int, radius: f
         kinds = [randint(random, 4, (n, 1)) for _ in range(3)]
         pose = Pose(*uniform(random, -0.95, 0.95, (2, n)), torch.full((n,), radius), randint(random, 256, (n,)))
         nothing = torch.zeros(n, dtype=torch.long)
-        _paint(canvas, Scenes(*kinds, *(nothing,) * 4), 0, uniform(random, 0.1, 0.9, (n, 3)), pose)
+        _paint(canvas, Scenes(*kinds, *(nothing,) * 4), 0, uniform(random, 0.1, 0.9, (n, 3)), pose, torch.ones(n))
 
 
 def _sketched(canvas: Tensor, coverage: Tensor, distance: Tensor, paper: float = 0.95) -> Tensor:
@@ -381,21 +383,22 @@ def _render(random: torch.Generator, scenes: Scenes, scale: float) -> Tensor:
     crowd = canvas[named["clutter"]]
     _distractors(random, crowd, 4, 0.22)
     canvas[named["clutter"]] = crowd
-    rgb = _palette("colors", "rgb")[:, 0][scenes.color] + uniform(random, -0.05, 0.05, (n, MAX_OBJECTS, 3))
+    rgb = _palette("colors", "rgb")[:, 0][scenes.color] + uniform(random, -0.06, 0.06, (n, MAX_OBJECTS, 3))
+    opacity = uniform(random, 0.5, 1.0, (n, MAX_OBJECTS))
     coverage, distance = torch.zeros(n, SIZE * SIZE), torch.full((n, SIZE * SIZE), 9.0)
     for slot, pose in enumerate(_poses(random, scenes, scale)):
         rows = (scenes.count > slot).nonzero()[:, 0]
         part = canvas[rows]
-        covered, outline = _paint(part, scenes[rows], slot, rgb[rows, slot], pose[rows])
+        covered, outline = _paint(part, scenes[rows], slot, rgb[rows, slot], pose[rows], opacity[rows, slot])
         canvas[rows] = part
         coverage[rows] = torch.maximum(coverage[rows], covered)
         distance[rows] = torch.where(outline.abs() < distance[rows].abs(), outline, distance[rows])
     crowd = canvas[named["clutter"]]
     _distractors(random, crowd, 2, 0.16)
     canvas[named["clutter"]] = crowd
-    gain, tilt = uniform(random, 0.85, 1.08, (n, 1)), uniform(random, -0.14, 0.14, (n, 2))
+    gain, tilt = uniform(random, 0.85, 1.1, (n, 3, 1)), uniform(random, -0.18, 0.18, (n, 2, 1))
     x, y = _pixels()
-    canvas = canvas * (gain + tilt[:, :1] * x + tilt[:, 1:] * y)[:, None]
+    canvas = canvas * (gain + (tilt[:, :1] * x + tilt[:, 1:] * y))
     for name, change in (
         ("sketch", lambda rows: _sketched(canvas[rows], coverage[rows], distance[rows])),
         ("scan", lambda rows: _scanned(canvas[rows], coverage[rows])),
@@ -403,7 +406,7 @@ def _render(random: torch.Generator, scenes: Scenes, scale: float) -> Tensor:
     ):
         if named[name].any():
             canvas[named[name]] = change(named[name])
-    amount = uniform(random, 0.02, 0.12, (n, 1, 1)) * (1 + named["scan"].float())[:, None, None]
+    amount = uniform(random, 0.03, 0.18, (n, 1, 1)) * (1 + named["scan"].float())[:, None, None]
     noise = torch.rand(canvas.shape, generator=random) + torch.rand(canvas.shape, generator=random) - 1
     canvas = (canvas + noise * amount).clamp(0, 1)
     return (canvas * 255 + 0.5).floor().to(torch.uint8).view(n, 3, SIZE, SIZE)

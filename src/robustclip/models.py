@@ -1,0 +1,202 @@
+"""Load any CLIP and classify with it. Nothing else in the package knows open_clip.
+
+    clip = load("tinyworld-clip")                  # the embedded model
+    clip = load("ViT-B-32/openai")                 # an open_clip architecture and pretrained tag
+    clip = load("hf-hub:timm/ViT-B-16-SigLIP")     # a model hub id
+    clip = load("runs/checkpoints/tecoa")          # a folder in open_clip's format, as `save` writes it
+    classifier = zero_shot(clip, role("cifar10"))  # images in [0, 1] -> logits
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robustclip import _torchvision
+from robustclip.checks import check_choice, check_folder
+from robustclip.data.roles import Role
+
+_torchvision.prepare()
+
+EMBEDDED = "tinyworld-clip"
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to compute on: "auto" takes a GPU when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but torch sees no GPU; use auto or cpu")
+    return device
+
+
+class Clip(nn.Module):
+    """A CLIP over pixels: resize and normalisation happen inside, features are unit rows."""
+
+    def __init__(self, network: nn.Module, tokenizer, name: str, folder: Path | None = None) -> None:
+        super().__init__()
+        self.network, self.tokenizer, self.name, self.folder = network, tokenizer, name, folder
+        size = network.visual.image_size
+        self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        preprocess = getattr(network.visual, "preprocess_cfg", {})
+        self.interpolation = preprocess.get("interpolation", "bicubic")
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(preprocess[key]).view(3, 1, 1), persistent=False)
+        self._texts: dict[tuple[str, ...], Tensor] = {}
+        self.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.mean.device
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The inverse temperature exp(s) that multiplies cosines."""
+        return self.network.logit_scale.exp()
+
+    @cached_property
+    def digest(self) -> str:
+        """Short fingerprint of all weights, independent of device and of where they were loaded from."""
+        fingerprint = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            fingerprint.update(name.encode())
+            fingerprint.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return fingerprint.hexdigest()[:16]
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] to what the image tower expects."""
+        if tuple(images.shape[-2:]) != self.image_size:
+            images = F.interpolate(images, size=self.image_size, mode=self.interpolation, antialias=False)
+        pixels = (images - self.mean) / self.std
+        return pixels.to(self.network.logit_scale.dtype).contiguous(memory_format=torch.channels_last)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) pixels in [0, 1] to (n, d) unit features, differentiable down to the pixels."""
+        return F.normalize(self.network.encode_image(self.preprocess(images)).float(), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """k texts to (k, d) unit features; gradients reach the text tower where its weights ask for them."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        return F.normalize(self.network.encode_text(tokens).float(), dim=-1)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """As `encode_texts`, without gradients and computed once per set of texts."""
+        key = tuple(texts)
+        if key not in self._texts or self._texts[key].device != self.device:
+            with torch.no_grad():
+                self._texts[key] = torch.cat([self.encode_texts(key[i : i + 512]) for i in range(0, len(key), 512)])
+        return self._texts[key]
+
+
+class ZeroShotClassifier(nn.Module):
+    """p(y = i | x) proportional to exp(s cos(I(x), T_i)): logits are scaled cosines to the class prompts."""
+
+    def __init__(self, clip: Clip, prompts: Sequence[str]) -> None:
+        super().__init__()
+        if not prompts:
+            raise ValueError("prompts is empty; give one text per class")
+        self.clip, self.prompts = clip, tuple(prompts)
+        self.register_buffer("text_features", clip.text_features(self.prompts), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) pixels in [0, 1] to (n, classes) logits."""
+        return self.clip.logit_scale.float() * self.clip.encode_images(images) @ self.text_features.T
+
+
+def zero_shot(clip: Clip, role: Role) -> ZeroShotClassifier:
+    """The zero-shot classifier of a role: its class names in its prompt template."""
+    return ZeroShotClassifier(clip, role.prompts)
+
+
+def load(name: str = EMBEDDED, device: str = "auto", precision: str = "float32") -> Clip:
+    """Load a CLIP by embedded name, "architecture/pretrained" of open_clip, "hf-hub:id" or local folder.
+
+    Only names that point to the network download anything; open_clip then shows the size and a progress bar.
+    """
+    check_choice("precision", precision, PRECISIONS)
+    target = pick_device(device)
+    if name == EMBEDDED:
+        with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as folder:
+            clip = _load_folder(folder, name)
+    elif name.startswith("hf-hub:"):
+        clip = _load_remote(name, None)
+    elif name.count("/") == 1 and not Path(name).exists() and _is_architecture(name.split("/")[0]):
+        clip = _load_remote(*name.split("/"))
+    else:
+        clip = _load_folder(Path(name).expanduser(), name)
+    return clip.to(target, dtype=PRECISIONS[precision], memory_format=torch.channels_last)
+
+
+def save(clip: Clip, folder: Path | str) -> Path:
+    """Write a CLIP as a folder that `load` and open_clip itself can read; it must come from such a folder."""
+    from safetensors.torch import save_file
+
+    if clip.folder is None:
+        raise ValueError(f"{clip.name!r} was not loaded from a folder, so its configuration cannot be written again")
+    weights = {key: value.detach().cpu().contiguous() for key, value in clip.network.state_dict().items()}
+    needed = sum(value.nbytes for value in weights.values()) / 1e6
+    folder = check_folder(Path(folder), needed + 1)
+    for path in clip.folder.iterdir():
+        if path.is_file() and path.name not in (WEIGHTS, "README.md") and folder.resolve() != clip.folder.resolve():
+            shutil.copy(path, folder / path.name)
+    temporary = folder / f"{WEIGHTS}.tmp"
+    save_file(weights, temporary)
+    temporary.replace(folder / WEIGHTS)
+    return folder
+
+
+def _is_architecture(name: str) -> bool:
+    import open_clip
+
+    return name in open_clip.list_models()
+
+
+def _load_folder(folder: Path, name: str) -> Clip:
+    """A CLIP from a local folder in open_clip's format."""
+    import open_clip
+
+    for needed in (CONFIG, WEIGHTS):
+        if not (folder / needed).is_file():
+            raise FileNotFoundError(
+                f"no CLIP called {name!r}: {str(folder / needed)!r} does not exist. Give {EMBEDDED!r}, a folder in "
+                "open_clip's format, 'ViT-B-32/openai' or another open_clip pair, or 'hf-hub:organisation/model'"
+            )
+    try:
+        json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        network = open_clip.create_model(f"local-dir:{folder}")
+    except Exception as error:
+        raise ValueError(f"cannot read the CLIP in {str(folder)!r}: {error}; restore or retrain the checkpoint") from error
+    return Clip(network, open_clip.get_tokenizer(f"local-dir:{folder}"), name, folder)
+
+
+def _load_remote(architecture: str, pretrained: str | None) -> Clip:
+    """A CLIP that open_clip fetches, or finds in its cache."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture) if pretrained else []
+    if pretrained and pretrained not in tags:
+        raise ValueError(f"open_clip has no weights {pretrained!r} for {architecture!r}; choose one of: {', '.join(tags)}")
+    name = f"{architecture}/{pretrained}" if pretrained else architecture
+    quick = {"force_quick_gelu": True} if pretrained == "openai" else {}
+    try:
+        network = open_clip.create_model(architecture, pretrained=pretrained, **quick)
+        return Clip(network, open_clip.get_tokenizer(architecture), name)
+    except Exception as error:
+        raise OSError(
+            f"could not fetch {name!r} ({type(error).__name__}: {error}). It is downloaded once, 0.6 GB for a ViT-B; connect "
+            "to the network, or put a copy in the hub's cache, or give a local folder instead"
+        ) from error
