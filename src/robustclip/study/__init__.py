@@ -1,0 +1,16 @@
+"""The study engine: cells, the grid that makes them, the store that keeps them, and the numbers papers print."""
+
+from robustclip.study.cells import Cell, grid
+from robustclip.study.claims import Claim, Condition, Judgement, Verdict, judge, verdict_table
+from robustclip.study.evaluate import evaluate, export, outcomes, plan
+from robustclip.study.reported import compare, reference, reported, reported_papers
+from robustclip.study.scales import Scale, parse_eps, scale, scale_names
+from robustclip.study.statistics import Estimate, mcnemar, mean_interval, paired_difference, wilson
+from robustclip.study.store import Store, code_digest, versions
+
+__all__ = [
+    "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Verdict",
+    "code_digest", "compare", "evaluate", "export", "grid", "judge", "mcnemar", "mean_interval", "outcomes",
+    "paired_difference", "parse_eps", "plan", "reference", "reported", "reported_papers", "scale", "scale_names",
+    "verdict_table", "versions", "wilson",
+]  # fmt: skip

@@ -1,0 +1,114 @@
+"""Scales: data files that say which models, images and budgets play the papers' roles.
+
+scale("quick").attack("PGD-100")        # the attack that plays PGD-100 at this scale
+scale("course.toml")                    # a scale of your own; copy one from assets/scales and change it
+"""
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, field
+from fractions import Fraction
+from importlib.resources import files
+from pathlib import Path
+
+from robustclip.attacks.image import FGSM, PGD, Attack, UniformNoise
+from robustclip.checks import check_choice, check_range
+from robustclip.data.roles import role_names
+from robustclip.data.sources import SOURCES
+
+ATTACKS = ("clean", "noise", "FGSM", "PGD-10", "PGD-20", "PGD-50", "PGD-100")
+
+
+def parse_eps(text: str | float) -> float:
+    """A budget as the papers write it, "8/255", or as a decimal number, to the nearest float."""
+    try:
+        return float(Fraction(str(text)))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"eps={text!r} is not a number; write it like 8/255 or 0.03") from error
+
+
+def scale_names() -> tuple[str, ...]:
+    """Names of the scales that come with the package."""
+    found = files("robustclip").joinpath("assets/scales").iterdir()
+    return tuple(sorted(path.name.removesuffix(".toml") for path in found if path.name.endswith(".toml")))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One column of the project: the same notebooks with other models, images and budgets."""
+
+    name: str
+    source: str
+    reference_eps: float
+    images: int
+    batch_size: int
+    recompute_stale: bool
+    models: dict[str, str] = field(hash=False)
+    roles: tuple[str, ...]
+    role_images: dict[str, int] = field(hash=False)
+    steps: dict[str, int] = field(hash=False)
+    assumed_speed: float | None = None  # image passes a second, for plans before anything was measured
+
+    def __post_init__(self) -> None:
+        check_choice("source", self.source.partition(":")[0], SOURCES)
+        check_range("reference_eps", self.reference_eps, 0, 1)
+        for name in self.roles:
+            check_choice("role", name, role_names())
+        limits = {"images": self.images, "batch_size": self.batch_size, **self.role_images, **self.steps}
+        for name, value in limits.items():
+            check_range(f"{name} of scale {self.name}", value, 1)
+
+    def model(self, name: str) -> str:
+        """What `models.load` takes for the model called `name`; ${VARIABLE:-default} is filled in."""
+        check_choice(f"model at scale {self.name}", name, self.models)
+        return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda m: os.environ.get(m[1]) or m[2], self.models[name])
+
+    def images_of(self, name: str) -> int:
+        """How many images the role `name` is measured on."""
+        check_choice(f"role at scale {self.name}", name, self.roles)
+        return self.role_images.get(name, self.images)
+
+    def attack(self, name: str, eps: str | float | None = None, seed: int = 0) -> Attack | None:
+        """The attack that plays `name` here, at the reference eps unless told otherwise; None for "clean"."""
+        budget = check_range("eps", self.reference_eps if eps is None else parse_eps(eps), 0, 1)
+        if name == "clean":
+            return None
+        if name == "noise":
+            return UniformNoise(eps=budget, seed=seed)
+        if name == "FGSM":
+            return FGSM(eps=budget)
+        if match := re.fullmatch(r"PGD-([1-9]\d*)", name):
+            return PGD(eps=budget, steps=self.steps.get(name, int(match[1])), seed=seed)
+        raise ValueError(f"unknown attack {name!r}; choose one of: {', '.join(ATTACKS)} (or PGD-k for k steps)")
+
+
+def scale(name: str | Scale) -> Scale:
+    """The scale called `name`, or the one in the file `name` if it ends in .toml."""
+    if isinstance(name, Scale):
+        return name
+    if name.endswith(".toml"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {name!r}; give one that exists or one of: {', '.join(scale_names())}")
+    else:
+        check_choice("scale", name, scale_names())
+        path = files("robustclip").joinpath(f"assets/scales/{name}.toml")
+    return _read(path.read_text(encoding="utf-8"), Path(name).stem)
+
+
+def _read(text: str, name: str) -> Scale:
+    """Build a scale from TOML; a missing or unknown key is named."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"scale {name!r} is not valid TOML: {error}") from error
+    needed = {"source", "reference_eps", "images", "batch_size", "recompute_stale", "models"}
+    optional = {"roles", "role_images", "steps", "assumed_speed"}
+    if wrong := needed ^ (table.keys() - optional):
+        raise ValueError(f"scale {name!r} has wrong keys ({', '.join(sorted(wrong))} missing or unknown); it needs "
+                         f"{', '.join(sorted(needed))} and may have {', '.join(sorted(optional))}")  # fmt: skip
+    roles = table.pop("roles", role_names())
+    eps = parse_eps(table.pop("reference_eps"))
+    defaults = {key: table.pop(key, {}) for key in ("role_images", "steps")}
+    return Scale(name=name, reference_eps=eps, roles=tuple(roles), **defaults, **table)
