@@ -1,5 +1,6 @@
 """Input checks shared by the whole package: each error names the value, the allowed range and the remedy."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -35,11 +36,19 @@ def check_labels(labels: Tensor, classes: int, images: int | None = None) -> Ten
     return labels
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> float:
-    """Return `value` if low <= value <= high, else raise ValueError."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        limits = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name}={value!r} is not allowed; it must be a number {limits}")
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> float:
+    """Return `value` if it is a finite number with low <= value <= high, else raise ValueError."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high or math.isinf(value):
+        limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name}={value!r} is not allowed; it must be a finite number {limits}")
+    return value
+
+
+def check_integer(name: str, value: int, low: int, high: float = math.inf) -> int:
+    """Return `value` if it is a whole number with low <= value <= high, else raise ValueError."""
+    check_range(name, value, low, high)
+    if not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} is not allowed; it must be a whole number, such as {int(value)}")
     return value
 
 
@@ -62,5 +71,5 @@ def check_folder(folder: Path, free_megabytes: float = 1) -> Path:
         raise OSError(f"folder {str(folder)!r} is not writable; choose another one or change its permissions")
     free = shutil.disk_usage(folder).free / 1e6
     if free < free_megabytes:
-        raise OSError(f"only {free:.1f} MB free for {str(folder)!r}, {free_megabytes:g} MB needed; free some disk space")
+        raise OSError(f"only {free:.1f} MB free for {str(folder)!r}, {free_megabytes:g} MB needed; make some room")
     return folder

@@ -1,5 +1,7 @@
 """Load any CLIP and classify with it. Nothing else in the package knows open_clip.
 
+The name says where a model comes from:
+
     clip = load("tinyworld-clip")                  # the embedded model
     clip = load("ViT-B-32/openai")                 # an open_clip architecture and pretrained tag
     clip = load("hf-hub:timm/ViT-B-16-SigLIP")     # a model hub id
@@ -11,8 +13,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from functools import cached_property
 from importlib.resources import as_file, files
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,12 +37,10 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} asked for, but torch sees no GPU; use auto or cpu")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot compute on device {name!r} ({reason}); use auto, cpu, or cuda with a GPU") from error
 
 
 class Clip(nn.Module):
@@ -51,11 +51,11 @@ class Clip(nn.Module):
         self.network, self.tokenizer, self.name, self.folder = network, tokenizer, name, folder
         size = network.visual.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
-        preprocess = getattr(network.visual, "preprocess_cfg", {})
-        self.interpolation = preprocess.get("interpolation", "bicubic")
+        preprocess = network.visual.preprocess_cfg
+        self.interpolation = preprocess["interpolation"]
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(preprocess[key]).view(3, 1, 1), persistent=False)
-        self._texts: dict[tuple[str, ...], Tensor] = {}
+        self._kept: tuple[tuple, dict] = ((), {})
         self.eval().requires_grad_(False)
 
     @property
@@ -68,14 +68,25 @@ class Clip(nn.Module):
         """The inverse temperature exp(s) that multiplies cosines."""
         return self.network.logit_scale.exp()
 
-    @cached_property
+    def _computed(self) -> dict:
+        """What was computed from the weights; forgotten as soon as one of them moves or changes in place."""
+        weights = chain(self.network.parameters(), self.network.buffers())
+        state = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        if self._kept[0] != state:
+            self._kept = (state, {})
+        return self._kept[1]
+
+    @property
     def digest(self) -> str:
         """Short fingerprint of all weights, independent of device and of where they were loaded from."""
-        fingerprint = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
-            fingerprint.update(name.encode())
-            fingerprint.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return fingerprint.hexdigest()[:16]
+        known = self._computed()
+        if "digest" not in known:
+            fingerprint = hashlib.sha256()
+            for name, value in sorted(self.network.state_dict().items()):
+                fingerprint.update(name.encode())
+                fingerprint.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            known["digest"] = fingerprint.hexdigest()[:16]
+        return known["digest"]
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] to what the image tower expects."""
@@ -95,11 +106,11 @@ class Clip(nn.Module):
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """As `encode_texts`, without gradients and computed once per set of texts."""
-        key = tuple(texts)
-        if key not in self._texts or self._texts[key].device != self.device:
+        known, key = self._computed(), tuple(texts)
+        if key not in known:
             with torch.no_grad():
-                self._texts[key] = torch.cat([self.encode_texts(key[i : i + 512]) for i in range(0, len(key), 512)])
-        return self._texts[key]
+                known[key] = torch.cat([self.encode_texts(key[i : i + 512]) for i in range(0, len(key), 512)])
+        return known[key]
 
 
 class ZeroShotClassifier(nn.Module):
@@ -122,13 +133,13 @@ def zero_shot(clip: Clip, role: Role) -> ZeroShotClassifier:
     return ZeroShotClassifier(clip, role.prompts)
 
 
-def load(name: str = EMBEDDED, device: str = "auto", precision: str = "float32") -> Clip:
+def load(name: str | Path = EMBEDDED, device: str = "auto", precision: str = "float32") -> Clip:
     """Load a CLIP by embedded name, "architecture/pretrained" of open_clip, "hf-hub:id" or local folder.
 
     Only names that point to the network download anything; open_clip then shows the size and a progress bar.
     """
     check_choice("precision", precision, PRECISIONS)
-    target = pick_device(device)
+    name, target = str(name), pick_device(device)
     if name == EMBEDDED:
         with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as folder:
             clip = _load_folder(folder, name)
@@ -138,7 +149,8 @@ def load(name: str = EMBEDDED, device: str = "auto", precision: str = "float32")
         clip = _load_remote(*name.split("/"))
     else:
         clip = _load_folder(Path(name).expanduser(), name)
-    return clip.to(target, dtype=PRECISIONS[precision], memory_format=torch.channels_last)
+    clip.network.to(PRECISIONS[precision])  # pixel statistics stay exact
+    return clip.to(target, memory_format=torch.channels_last)
 
 
 def save(clip: Clip, folder: Path | str) -> Path:
@@ -178,9 +190,9 @@ def _load_folder(folder: Path, name: str) -> Clip:
     try:
         json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         network = open_clip.create_model(f"local-dir:{folder}")
+        return Clip(network, open_clip.get_tokenizer(f"local-dir:{folder}"), name, folder)
     except Exception as error:
-        raise ValueError(f"cannot read the CLIP in {str(folder)!r}: {error}; restore or retrain the checkpoint") from error
-    return Clip(network, open_clip.get_tokenizer(f"local-dir:{folder}"), name, folder)
+        raise ValueError(f"cannot read the CLIP in {str(folder)!r}: {error}; restore or retrain it") from error
 
 
 def _load_remote(architecture: str, pretrained: str | None) -> Clip:
@@ -189,14 +201,18 @@ def _load_remote(architecture: str, pretrained: str | None) -> Clip:
 
     tags = open_clip.list_pretrained_tags_by_model(architecture) if pretrained else []
     if pretrained and pretrained not in tags:
-        raise ValueError(f"open_clip has no weights {pretrained!r} for {architecture!r}; choose one of: {', '.join(tags)}")
+        raise ValueError(
+            f"open_clip knows no {architecture!r} weights {pretrained!r}; choose one of: {', '.join(tags)}"
+        )
     name = f"{architecture}/{pretrained}" if pretrained else architecture
-    quick = {"force_quick_gelu": True} if pretrained == "openai" else {}
+    quick = bool(pretrained) and open_clip.get_pretrained_cfg(architecture, pretrained).get("quick_gelu", False)
     try:
-        network = open_clip.create_model(architecture, pretrained=pretrained, **quick)
+        network = open_clip.create_model(
+            architecture, pretrained=pretrained, force_quick_gelu=quick, require_pretrained=True
+        )
         return Clip(network, open_clip.get_tokenizer(architecture), name)
     except Exception as error:
         raise OSError(
-            f"could not fetch {name!r} ({type(error).__name__}: {error}). It is downloaded once, 0.6 GB for a ViT-B; connect "
-            "to the network, or put a copy in the hub's cache, or give a local folder instead"
+            f"could not fetch {name!r} ({type(error).__name__}: {error}). It is downloaded once, 0.6 GB for a ViT-B; "
+            "connect to the network, or put a copy in the hub's cache, or give a local folder instead"
         ) from error

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustclip.checks import check_choice, check_images, check_labels, check_range
+from robustclip.checks import check_choice, check_images, check_integer, check_labels, check_range
 
 Classifier = Callable[[Tensor], Tensor]
+MAX_SEED = 2**31 - 1
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -98,6 +99,16 @@ def frozen(classifier: Classifier):
             module.training = True
 
 
+def input_gradient(loss: Tensor, images: Tensor) -> Tensor:
+    """Gradient of `loss` at `images`; one that is missing or not a number would fake robustness, so it is an error."""
+    if not loss.requires_grad:
+        raise ValueError("the classifier's logits carry no gradient; remove no_grad or detach from its forward pass")
+    (gradient,) = torch.autograd.grad(loss, images)
+    if gradient.isnan().any():
+        raise ValueError("the classifier's gradient contains NaN; look for square roots or divisions at zero in it")
+    return gradient
+
+
 def fooled(logits: Tensor, labels: Tensor) -> Tensor:
     """Which rows of `logits` put another class first."""
     return logits.argmax(1) != labels
@@ -125,7 +136,7 @@ class Attack(ABC):
         with frozen(classifier):
             with torch.no_grad():
                 logits = classifier(adversarial)
-            check_labels(labels, logits.shape[1], len(images))
+            labels = check_labels(labels, logits.shape[1], len(images)).long()
             standing = (~fooled(logits, labels)).nonzero()[:, 0]
             if self.eps and len(standing):
                 adversarial[standing] = self.perturb(classifier, adversarial[standing], labels[standing])
@@ -137,6 +148,10 @@ class UniformNoise(Attack):
     """The control: uniform noise in the l_inf ball of radius eps, without looking at the classifier."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("seed", self.seed, 0, MAX_SEED)
 
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """Add the noise and clip to the pixel range."""
@@ -163,8 +178,9 @@ class PGD(Attack):
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, NORMS)
         check_range("eps", self.eps, 0, 1 if self.norm == "linf" else float("inf"))
-        check_range("steps", self.steps, 1)
-        check_range("restarts", self.restarts, 1)
+        check_integer("steps", self.steps, 1)
+        check_integer("restarts", self.restarts, 1)
+        check_integer("seed", self.seed, 0, MAX_SEED)
         if self.step_size is not None:
             check_range("step_size", self.step_size, 0)
 
@@ -209,8 +225,7 @@ class PGD(Attack):
             broken[rows[now]] = True
             if step == self.steps or now.all():
                 break
-            (gradient,) = torch.autograd.grad(loss.sum(), current)
-            stay = ~now
+            gradient, stay = input_gradient(loss.sum(), current), ~now
             rows, moved = rows[stay], current.detach()[stay] + step_size * norm.ascend(gradient[stay])
             origin = images[rows]
             current = (origin + norm.project(moved - origin, self.eps)).clamp(0, 1)
@@ -224,5 +239,7 @@ class FGSM(Attack):
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """x + eps sign(grad_x CE(f(x), y)), clipped to the pixel range."""
         images = images.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(classifier(images), labels, reduction="sum"), images)
+        with torch.enable_grad():
+            loss = F.cross_entropy(classifier(images), labels, reduction="sum")
+        gradient = input_gradient(loss, images)
         return (images.detach() + self.eps * gradient.sign()).clamp(0, 1)

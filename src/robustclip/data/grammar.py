@@ -23,8 +23,7 @@ _MENTIONS = {(True, True, True): 0.46, (True, True, False): 0.24, (True, False, 
 @cache
 def words(attribute: str) -> tuple[tuple[str, ...], ...]:
     """The names of every value of an attribute, canonical name first."""
-    table = {"shape": "shapes", "color": "colors", "texture": "textures", "background": "backgrounds", "style": "styles"}
-    return tuple(tuple(entry["words"]) for entry in world()[table[attribute]].values())
+    return tuple(tuple(entry["words"]) for entry in world()[f"{attribute}s"].values())
 
 
 @cache
@@ -38,7 +37,7 @@ def article(phrase: str) -> str:
 
 
 def noun_phrase(shape: str | None, color: str | None = None, texture: str | None = None) -> str:
-    """"striped red star"; an object of unnamed shape is a "thing"."""
+    """Such as "striped red star"; an object of unnamed shape is a "thing"."""
     return " ".join(word for word in (texture, color, shape or "thing") if word)
 
 
@@ -49,9 +48,7 @@ class Speaker:
     `complete` speaker names every attribute of every object.
     """
 
-    def __init__(
-        self, seed: int | str, synonyms: float = 0.25, facts: float = 0.12, complete: bool = False
-    ) -> None:
+    def __init__(self, seed: int | str, synonyms: float = 0.25, facts: float = 0.12, complete: bool = False) -> None:
         self.random, self.synonyms, self.facts = random.Random(seed), synonyms, facts
         mentions = {(True, True, True): 1.0} if complete else _MENTIONS
         self.mentions, self.weights = list(mentions), list(mentions.values())
@@ -131,7 +128,7 @@ class Speaker:
         return text, said
 
     def _kind(self, said: dict[str, int]) -> str:
-        """", a type of pet" after some shapes, as the papers' prompt templates say it."""
+        """Ends like ", a type of pet" for some shapes, as the papers' prompt templates have it."""
         if "shape1" not in said or self.random.random() > 0.2:
             return ""
         kind = world()["language"]["kinds"].get(values("shape")[said["shape1"]])
@@ -164,7 +161,8 @@ def vocabulary() -> list[str]:
     text = " ".join(_walk_strings(world()["language"]))
     for table in ("shapes", "colors", "textures", "backgrounds", "styles"):
         for name, entry in world()[table].items():
-            text += f" {name} " + " ".join(_walk_strings({k: v for k, v in entry.items() if k not in ("parts", "pattern")}))
+            said = {key: value for key, value in entry.items() if key not in ("parts", "pattern")}
+            text += f" {name} " + " ".join(_walk_strings(said))
     split = "".join(character if character.isalnum() else " " for character in text.lower()).split()
     found = dict.fromkeys(["a", "an", "the", "it", "and", *split])
     return [*SPECIAL_TOKENS, *characters, *pieces, *(word for word in found if word not in characters)]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustclip.checks import check_choice
+from robustclip.checks import check_choice, check_integer
 from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, noun_phrase, words
 from robustclip.data.tinyworld import ANY
@@ -85,7 +85,7 @@ def _wishes(name: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _class_name(wish: tuple[int, ...]) -> str:
-    """"striped red star", "striped" (texture alone), "red thing in the snow", or the bare name of a place."""
+    """Such as "striped red star", "striped" (texture alone), "red thing in the snow", or the bare name of a place."""
     shape, color, texture, background = (
         words(attribute)[value][0] if value >= 0 else None for attribute, value in zip(ATTRIBUTES, wish, strict=True)
     )
@@ -106,12 +106,13 @@ def role(name: str) -> Role:
     check_choice("role", name, _entries())
     entry = _entries()[name]
     wishes = () if "names" in entry else _wishes(name)
+    same = ("title", "group", "description", "template", "style", "objects", "size")
     return Role(
         name=name,
         classes=tuple(entry.get("names") or map(_class_name, wishes)),
         wishes=wishes,
         paper=_table("paper-roles").get(name, {}),
-        **{key: entry[key] for key in ("title", "group", "description", "template", "style", "objects", "size") if key in entry},
+        **{key: entry[key] for key in same if key in entry},
     )
 
 
@@ -119,6 +120,10 @@ def tinyworld_scenes(name: str, split: str, n: int, start: int = 0) -> tuple[tin
     """Scenes `start:start + n` of a role's split and their labels; classes come in random order, evenly."""
     entry = role(name)
     check_choice("split", split, SPLITS)
+    check_integer("n", n, 1)
+    check_integer("start", start, 0)
+    if not entry.wishes:
+        raise ValueError(f"role {name!r} is not drawn by Tinyworld; its images are real, use `load_samples`")
     wishes = torch.tensor(entry.wishes)
     style = tinyworld.index("style", entry.style)
     chunk, first = tinyworld.CHUNK, start // tinyworld.CHUNK
@@ -148,10 +153,7 @@ def tinyworld_samples(
 ) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...] | None]:
     """Pictures of a role drawn by Tinyworld: uint8 images, labels, class names, and captions for retrieval roles."""
     entry = role(name)
-    if not entry.wishes:
-        raise ValueError(f"role {name!r} is not drawn by Tinyworld; its images are real")
-    chunk = tinyworld.CHUNK
-    before = start % chunk
+    before = start % tinyworld.CHUNK
     scenes, labels = tinyworld_scenes(name, split, n + before, start - before)
     images = tinyworld.draw(scenes, f"{name}/{split}", start - before, entry.size)[before:]
     captions = None

@@ -36,8 +36,7 @@ def world() -> dict:
 @cache
 def values(attribute: str) -> tuple[str, ...]:
     """Canonical names of one attribute ("shape", "color", "texture", "background", "style") in index order."""
-    tables = {"shape": "shapes", "color": "colors", "texture": "textures", "background": "backgrounds", "style": "styles"}
-    return tuple(world()[tables[attribute]])
+    return tuple(world()[f"{attribute}s"])
 
 
 def index(attribute: str, name: str) -> int:
@@ -203,11 +202,11 @@ def _wave(t: np.ndarray) -> np.ndarray:
 def texture_tables() -> Tensor:
     """(textures, GRID * GRID) share of the second color; `framed` depends on the outline and is added when drawing."""
     x, y = _object_grid()
-    sharp = 4.0
+    sharp, dot_x, dot_y = 4.0, _wave(x * 1.6 + 0.5) + 1, _wave(y * 1.6 + 0.5) + 1
     patterns = {
         "plain": np.zeros_like(x),
         "striped": np.clip(0.5 + sharp * 0.5 * _wave(y * 1.6), 0, 1),
-        "dotted": np.clip(0.5 + sharp * (0.36 - np.hypot(_wave(x * 1.6 + 0.5) + 1, _wave(y * 1.6 + 0.5) + 1) / 2), 0, 1),
+        "dotted": np.clip(0.5 + sharp * (0.36 - np.hypot(dot_x, dot_y) / 2), 0, 1),
         "checkered": np.clip(0.5 + sharp * _wave(x * 1.1 + 0.25) * _wave(y * 1.1 + 0.25), 0, 1),
         "framed": np.zeros_like(x),
         "halved": np.clip(0.5 + sharp * 2 * x, 0, 1),

@@ -1,10 +1,9 @@
-"""Train the embedded models from nothing: `python -m robustclip.training.pretrain clip` (or `mlm`).
+"""Train the embedded models from nothing; `tools/pretrain.py` runs it and writes the model cards.
 
-Both read Tinyworld only. The CLIP sees scenes and captions, never a held-out color-shape pair; the masked language model
-sees the captions. Each folder is written in the format of its library (open_clip, transformers), with a model card.
+Both read Tinyworld only. The CLIP sees scenes and captions, never a held-out color-shape pair; the masked language
+model sees the captions. Each folder is written in the format of its library (open_clip, transformers).
 """
 
-import argparse
 import json
 import math
 import time
@@ -14,18 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustclip import _torchvision
 from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, Scenes
-
-_torchvision.prepare()
+from robustclip.models import CONFIG, WEIGHTS
 
 CONTEXT = 24  # tokens per caption
 BATCH = 256
-DEFAULT_STEPS = {"clip": 4000, "mlm": 1500}
 MLM_SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-STYLE_SHARES = {"photo": 0.68, "sketch": 0.07, "poster": 0.07, "clutter": 0.06, "scan": 0.05, "closeup": 0.04, "aerial": 0.03}
+STYLE_SHARES = {
+    "photo": 0.68,
+    "sketch": 0.07,
+    "poster": 0.07,
+    "clutter": 0.06,
+    "scan": 0.05,
+    "closeup": 0.04,
+    "aerial": 0.03,
+}
 PAIR_SHARE = 0.15  # of photos that show two objects
 CLIP_CONFIG = {
     "model_cfg": {
@@ -42,7 +46,12 @@ CLIP_CONFIG = {
             "no_causal_mask": True,
         },
     },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear", "resize_mode": "squash"},
+    "preprocess_cfg": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    },
 }
 
 
@@ -126,19 +135,24 @@ def build_clip(folder: Path) -> nn.Module:
     """A randomly initialised CLIP from the configuration in `folder`."""
     import open_clip
 
-    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     return open_clip.CLIP(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
 
 
-def train_clip(folder: Path, steps: int, workers: int = 1, peak: float = 2e-3, report_every: int = 100) -> dict:
-    """Train the embedded CLIP for `steps` batches of 256 and save it in open_clip's folder format."""
+def _save(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
+
+
+@torch.random.fork_rng(devices=())
+def train_clip(folder: Path, steps: int, workers: int = 1, peak: float = 2e-3, report_every: int = 100) -> dict:
+    """Train the embedded CLIP for `steps` batches of 256 and save it in open_clip's folder format."""
     torch.manual_seed(0)
     tokenizer = write_tokenizer(folder)
     config = json.loads(json.dumps(CLIP_CONFIG))
     config["model_cfg"]["text_cfg"]["vocab_size"] = len(tokenizer)
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_clip(folder).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
@@ -164,8 +178,8 @@ def train_clip(folder: Path, steps: int, workers: int = 1, peak: float = 2e-3, r
         model.logit_scale.data.clamp_(max=math.log(100))
         if step % report_every == report_every - 1:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+            _save(model, folder)
+    _save(model, folder)
     return {"steps": steps, "images": steps * BATCH, "seconds": round(time.time() - start), "device": device}
 
 
@@ -190,6 +204,7 @@ def mask_tokens(tokens: Tensor, mask: int, words: int, random: torch.Generator) 
     return torch.where(chosen & (fate >= 0.9), other, hidden), labels
 
 
+@torch.random.fork_rng(devices=())
 def train_mlm(folder: Path, steps: int, peak: float = 2e-3, report_every: int = 100) -> dict:
     """Train the embedded masked language model and save it in transformers' folder format."""
     from transformers import BertConfig, BertForMaskedLM
@@ -233,13 +248,3 @@ def mlm_accuracy(folder: Path, batches: int = 4, best: int = 10) -> tuple[int, i
             hits += (guesses == tokens[rows[part], places[part]][:, None]).any(1).sum().item()
             trials += len(part)
     return hits, trials
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=["clip", "mlm"])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=None, help="batches of 256 (default: those of the embedded model)")
-    arguments = parser.parse_args()
-    train = {"clip": train_clip, "mlm": train_mlm}[arguments.model]
-    print(train(arguments.out, arguments.steps or DEFAULT_STEPS[arguments.model]))
