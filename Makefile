@@ -1,0 +1,64 @@
+# Everything happens in .venv, made from the exact pins in requirements.lock. `make help` lists the targets.
+PYTHON ?= python3
+SCALE  ?= quick
+PORT   ?= 8000
+
+BIN   := .venv/bin
+# One stamp per content of the lock: the second call installs nothing, a changed lock installs again.
+STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
+# `make lock` holds these two: the newest pair whose torch also comes as a CPU build.
+HOLD  ?= torch==2.13.0 torchvision==0.28.0
+
+.DEFAULT_GOAL := help
+.PHONY: help book notebooks test lint format serve reproduce linkcheck lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+book: notebooks ## Run every notebook and render the book to _build/html (FORCE=1 runs them all again)
+	$(BIN)/jupyter-book build -q -W -n --keep-going --all --path-output . _build/executed
+	@echo "The book is at _build/html/index.html"
+
+notebooks: $(STAMP) ## Run every notebook that changed, to _build/executed
+	$(BIN)/python tools/execute.py $(if $(FORCE),--force)
+
+test: $(STAMP) ## Lint, unit tests with coverage, every notebook at small size, a book without warnings
+	@$(MAKE) --no-print-directory lint || { echo "0 passed, 1 failed (lint)"; exit 1; }
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations 10 --cov --cov-report term
+
+lint: $(STAMP) ## Check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMP) ## Repair style and formatting, clear the outputs of notebooks
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/python tools/clear_notebooks.py
+
+serve: ## Show the built book at http://localhost:8000 (PORT=...)
+	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+reproduce: $(STAMP) ## Measure every cell of every table (SCALE=quick|full|photo|paper)
+	$(BIN)/robustclip reproduce --scale $(SCALE)
+
+linkcheck: notebooks ## Check every link in the book (needs the network)
+	$(BIN)/jupyter-book build -q --builder linkcheck --path-output . _build/executed
+
+lock: ## Resolve pyproject.toml anew and write requirements.lock and environment.yml
+	rm -rf _build/lock
+	$(PYTHON) -m venv _build/lock
+	_build/lock/bin/python -m pip install -qq $(HOLD) ".[hub,slurm,book,dev]"
+	$(PYTHON) tools/lock.py _build/lock/bin/python
+	rm -rf _build/lock
+
+clean: ## Remove what was built; .venv and measured results (runs/) stay
+	rm -rf _build build dist .coverage .pytest_cache .ruff_cache .hypothesis
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	  "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	@echo "Installing the pinned packages into .venv, about 100 seconds ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@rm -f .venv/.installed-* && touch $@

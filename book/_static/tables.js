@@ -1,0 +1,92 @@
+// Tables of the class "robustclip-table": click a heading to sort, type above the table to filter.
+// Without this script the tables are complete and readable.
+
+const numeric = new Intl.Collator("en", { numeric: true });
+
+function sortValue(cell) {
+  const text = (cell.dataset.sort || cell.textContent).trim();
+  return text !== "" && !Number.isNaN(Number(text)) ? Number(text) : text;
+}
+
+function isMissing(value) {
+  return ["", "–", "—", "nan"].includes(value);
+}
+
+function compare(a, b) {
+  if (typeof a === "number" && typeof b === "number") return a - b;
+  return numeric.compare(String(a), String(b));
+}
+
+// Rows without a value in the column stay at the end in both directions.
+function sortRows(table, column, descending) {
+  const body = table.tBodies[0];
+  const keyed = [...body.rows].map((row) => ({ row, value: row.cells[column] ? sortValue(row.cells[column]) : "" }));
+  keyed.sort((a, b) => isMissing(a.value) - isMissing(b.value) || (descending ? -1 : 1) * compare(a.value, b.value));
+  body.append(...keyed.map((item) => item.row));
+}
+
+function addSorting(table) {
+  const headings = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+  headings.forEach((heading, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.title = "Sort by this column";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    button.addEventListener("click", () => {
+      const descending = heading.getAttribute("aria-sort") === "ascending";
+      headings.forEach((other) => other.removeAttribute("aria-sort"));
+      heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      sortRows(table, column, descending);
+    });
+  });
+}
+
+function addFilter(table, frame) {
+  const rows = [...table.tBodies[0].rows];
+  if (rows.length < 6) return;
+  const input = document.createElement("input");
+  input.type = "search";
+  input.className = "robustclip-filter";
+  input.placeholder = `Filter ${rows.length} rows`;
+  input.setAttribute("aria-label", "Show only rows that contain this text");
+  input.addEventListener("input", () => {
+    const words = input.value.toLowerCase().split(/\s+/);
+    rows.forEach((row) => {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+    });
+  });
+  frame.before(input);
+}
+
+// A column counts as numeric if every value that is there begins like a number.
+function alignNumbers(table) {
+  const rows = [...table.rows];
+  for (let column = 0; column < table.tHead.rows[0].cells.length; column += 1) {
+    const texts = [...table.tBodies[0].rows].map((row) => row.cells[column]?.textContent.trim() ?? "");
+    const values = texts.filter((text) => !isMissing(text));
+    if (!values.length || !values.every((text) => /^[-−+]?[\d.,]+%?($|\s|±)/.test(text))) continue;
+    rows.forEach((row) => row.cells[column]?.classList.add("robustclip-number"));
+  }
+}
+
+// Wide tables scroll inside their frame instead of widening the page.
+function frameOf(table) {
+  const parent = table.parentElement;
+  if (parent.classList.contains("robustclip-table-wrap")) return parent;
+  const frame = document.createElement("div");
+  frame.className = "robustclip-table-wrap";
+  table.before(frame);
+  frame.append(table);
+  return frame;
+}
+
+document.addEventListener("DOMContentLoaded", () => {
+  for (const table of document.querySelectorAll("table.robustclip-table")) {
+    if (!table.tHead || !table.tBodies.length) continue;
+    addFilter(table, frameOf(table));
+    alignNumbers(table);
+    addSorting(table);
+  }
+});

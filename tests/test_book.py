@@ -1,0 +1,188 @@
+"""Every notebook runs, and the book renders without a warning and without the network."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+pytestmark = pytest.mark.xdist_group("book")  # one process: the book is built once
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    path for path in (ROOT / "book").rglob("*") if path.suffix in {".md", ".ipynb"} and "/." not in path.as_posix()
+]
+NOTEBOOKS = sorted(path.relative_to(ROOT).as_posix() for path in PAGES if path.suffix == ".ipynb")
+SMALL = ("-p", "n", "40")  # images per measured number, in the notebooks that have this parameter
+
+
+def tool(name: str):
+    """One of the scripts in `tools`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(*command: object) -> None:
+    result = subprocess.run([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout[-20_000:]
+
+
+@pytest.fixture(scope="session")
+def executed() -> Path:
+    """The executed book, at small size."""
+    out = ROOT / "_build" / "test" / "executed"
+    call(sys.executable, "tools/execute.py", "--out", out, *SMALL)
+    return out
+
+
+@pytest.fixture(scope="session")
+def html(executed) -> Path:
+    """The rendered book; a warning is a failure."""
+    out = executed.parent
+    call(Path(sys.executable).with_name("jupyter-book"), "build", "-q", "-W", "-n", "--keep-going", "--all",
+         "--path-output", out, executed)  # fmt: skip
+    return out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def pages(html) -> dict[Path, BeautifulSoup]:
+    return {path: BeautifulSoup(path.read_text(encoding="utf8"), "html.parser") for path in sorted(html.rglob("*.html"))
+            if "_static" not in path.parts}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs(executed, name):
+    notebook = nbformat.read(executed / name, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    assert code
+    assert all(cell.execution_count for cell in code)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_stored_clean(name):
+    text = (ROOT / name).read_text(encoding="utf8")
+    assert tool("clear_notebooks").clean(text) == text, "run `make format`"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_parameters_are_typed_and_explained(name):
+    parameters = papermill.inspect_notebook(str(ROOT / name))
+    for parameter in parameters.values():
+        assert parameter["inferred_type_name"] != "None", f"{parameter['name']} has no annotation"
+        assert parameter["help"], f"{parameter['name']} has no comment"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = [toc["root"], *re.findall(r"'file': '([^']+)'", str(toc))]
+    assert sorted(listed) == sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in PAGES)
+
+
+def test_status_page_tells_what_ran(executed, pages, html):
+    status = json.loads((executed / "status.json").read_text())
+    assert sorted(status["notebooks"]) == NOTEBOOKS
+    text = pages[html / "book" / "appendix" / "status.html"].get_text()
+    assert status["code"] in text
+    assert status["environment"]["torch"] in text
+    for record in status["notebooks"].values():
+        assert record["fingerprint"][:12] in text
+
+
+def test_pages_load_nothing_from_the_network(pages):
+    for path, page in pages.items():
+        loaded = [
+            tag.get("src") or tag.get("href") for tag in page.select("script[src], img[src], iframe[src], link[href]")
+        ]
+        assert not [address for address in loaded if address.startswith(("http:", "https:", "//"))], path
+        scripts = " ".join(tag.get_text() for tag in page.select("script:not([src]), style"))
+        assert not re.search(r"(cdn|unpkg|jsdelivr|cloudflare|googleapis)", scripts), path
+
+
+def test_math_is_drawn_by_a_local_script(pages):
+    with_math = {path: page for path, page in pages.items() if page.select(".math")}
+    assert with_math
+    for path, page in with_math.items():
+        script = next(tag["src"] for tag in page.select("script[src]") if "mathjax" in tag["src"])
+        assert (path.parent / script.split("?")[0]).exists()
+
+
+def test_links_inside_the_book_lead_somewhere(html, pages):
+    for path, page in pages.items():
+        for tag in page.select("a[href], img[src]"):
+            address = urlparse(tag.get("href") or tag["src"])
+            if not address.scheme and address.path:
+                assert (path.parent / unquote(address.path)).exists(), f"{path.relative_to(html)}: {address.path}"
+
+
+def test_notebooks_can_be_downloaded_and_opened_in_colab(html, pages):
+    for name in NOTEBOOKS:
+        page = pages[html / Path(name).with_suffix(".html")]
+        links = [tag["href"] for tag in page.select("a[href]")]
+        assert any(
+            link.startswith("https://colab.research.google.com/github/") and link.endswith(name) for link in links
+        )
+        assert any(link.endswith(Path(name).name) and not link.startswith("http") for link in links)
+
+
+@pytest.fixture
+def small_book(tmp_path, monkeypatch):
+    """The execution tool, looking at a book of one notebook in a temporary folder; `write` sets the notebook's code."""
+    execute = tool("execute")
+    monkeypatch.setattr(execute, "ROOT", tmp_path)
+    (tmp_path / "book" / "appendix").mkdir(parents=True)
+    (tmp_path / "src").mkdir()
+    for name in ("_config.yml", "_toc.yml", "book/page.md"):
+        (tmp_path / name).write_text("A page.\n")
+
+    def write(*code: str) -> None:
+        cells = [nbformat.v4.new_code_cell(source) for source in code]
+        cells[0].metadata["tags"] = ["parameters"]
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "book" / "one.ipynb")
+
+    return execute, tmp_path, write
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_notebook_runs_once_until_something_changes(small_book):
+    execute, root, write = small_book
+    out = root / "out"
+    write("n: int = 3  # a number", "print(n * 7)")
+    (job,) = execute.plan(out, {"n": 6, "unknown": 1})
+    assert not job.is_done()
+    assert execute.run(job) is None
+    assert job.is_done()
+    assert "42" in job.target.read_text()
+    execute.lay_out(out)
+    execute.write_status(out, [job])
+    assert (out / "book" / "page.md").exists()
+    assert "book/one.ipynb" in (out / "book" / "appendix" / "status-runs.csv").read_text()
+    (root / "book" / "page.md").unlink()
+    execute.lay_out(out)
+    assert not (out / "book" / "page.md").exists()
+    assert all(again.is_done() for again in execute.plan(out, {"n": 6}))
+    assert not any(again.is_done() for again in execute.plan(out, {"n": 5}))
+    (root / "src" / "changed.py").write_text("x = 1\n")
+    assert not any(again.is_done() for again in execute.plan(out, {"n": 6}))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_failing_notebook_shows_its_cell_and_traceback(small_book):
+    execute, root, write = small_book
+    write("n: int = 0  # a number", "print(1 / n)")
+    (job,) = execute.plan(root / "out", {})
+    failure = execute.run(job)
+    assert "book/one.ipynb, cell [2]" in failure
+    assert "print(1 / n)" in failure
+    assert "ZeroDivisionError" in failure
+    assert not job.target.exists()

@@ -1,0 +1,159 @@
+"""The package as others install it, the pins, and what the repository promises about itself."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+pytestmark = pytest.mark.xdist_group("packaging")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def call(*command: object, cwd: Path) -> str:
+    result = subprocess.run([*map(str, command)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{command} failed\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def pins(lines: list[str]) -> dict[str, str]:
+    return {
+        canonicalize_name(name): pin for name, pin in (line.strip(" -").split("==") for line in lines if "==" in line)
+    }
+
+
+@pytest.fixture(scope="session")
+def tracked(root) -> list[Path]:
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    return [
+        root / name for name in call("git", "ls-files", "-z", cwd=root).split("\0") if name and (root / name).is_file()
+    ]
+
+
+@pytest.fixture(scope="session")
+def lock(root) -> dict[str, str]:
+    return pins((root / "requirements.lock").read_text().splitlines())
+
+
+@pytest.fixture(scope="session")
+def project(root) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="session")
+def wheel(root, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    call(
+        sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", folder, root, cwd=folder
+    )
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The `bin` folder of an environment with the wheel; its dependencies are borrowed from the present environment."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-deps", "--no-index", wheel]
+    call(*pip, cwd=folder)
+    site = next((folder / "lib").glob("python*")) / "site-packages"
+    (site / "borrowed.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+    return folder / "bin"
+
+
+def test_assets_travel_in_the_wheel(wheel):
+    assets = Path(str(files("robustclip"))) / "assets"
+    expected = {path.relative_to(assets.parent.parent).as_posix() for path in assets.rglob("*") if path.is_file()}
+    assert {".toml", ".csv", ".json", ".safetensors"} <= {Path(name).suffix for name in expected}
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_runs_one_cell(installed, tmp_path):
+    where = call(installed / "python", "-c", "import robustclip; print(robustclip.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(installed.parent), "the editable package shadows the wheel"
+    cell = ["--scale", "quick", "--role", "cifar10", "--attack", "clean", "--n", "20", "--json"]
+    answer = json.loads(call(installed / "robustclip", "run", *cell, cwd=tmp_path))
+    assert answer, "no result"
+
+
+def test_installed_packages_agree(root):
+    call(sys.executable, "-m", "pip", "check", cwd=root)
+
+
+def test_conda_users_get_the_same_pins(root, lock):
+    dependencies = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
+    assert "python=3.11" in dependencies
+    assert pins(dependencies[-1]["pip"]) == lock
+
+
+def test_every_requirement_is_pinned_within_its_range(project, lock):
+    extras = project["optional-dependencies"]
+    assert {"book", "slurm", "dev"} <= set(extras)
+    for requirement in map(
+        Requirement, [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    ):
+        assert lock[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_environment_has_the_pinned_versions(lock):
+    for name in ("torch", "open-clip-torch", "transformers", "jupyter-book", "papermill", "sphinx-mathjax-offline"):
+        assert version(name).split("+")[0] == lock[name], f"{name}: run `make test`, which installs the pins"
+
+
+def test_readme_shows_the_two_commands(root):
+    readme = (root / "README.md").read_text()
+    assert re.search(r"^make book\b", readme, re.MULTILINE)
+    assert re.search(r"^make test\b", readme, re.MULTILINE)
+
+
+def test_address_of_the_repository_is_the_same_everywhere(root, project):
+    address = yaml.safe_load((root / "_config.yml").read_text())["repository"]["url"]
+    assert project["urls"]["Repository"] == address
+    assert yaml.safe_load((root / "CITATION.cff").read_text())["repository-code"] == address
+    assert address in (root / "README.md").read_text()
+
+
+def test_version_is_the_same_everywhere(root, project):
+    assert yaml.safe_load((root / "CITATION.cff").read_text())["version"] == project["version"]
+    assert f"## {project['version']}\n" in (root / "CHANGELOG.md").read_text()
+
+
+def test_workflows_pin_their_actions(root):
+    workflows = sorted((root / ".github" / "workflows").glob("*.yml"))
+    assert {path.stem for path in workflows} == {"publish", "test", "weekly"}
+    for path in workflows:
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        used = [step["uses"] for job in jobs for step in job["steps"] if "uses" in step]
+        assert used
+        assert all(re.search(r"@v\d+", action) for action in used), path
+
+
+def test_help_explains_every_target(root):
+    targets = set(re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    helped = set(re.findall(r"^  make ([a-z]+) ", call("make", "help", cwd=root), re.MULTILINE))
+    assert targets == helped >= {"book", "test", "lint", "serve", "reproduce", "clean", "lock"}
+
+
+def test_clone_stays_small(tracked):
+    assert not [path for path in tracked if path.stat().st_size > 8_000_000]
+    assert sum(path.stat().st_size for path in tracked) < 40_000_000
+
+
+def test_no_machine_appears_in_the_files(root, tracked):
+    machine = re.compile(rb"/(?:home|root|Users|work)/\w")
+    found = [path.relative_to(root) for path in tracked if machine.search(path.read_bytes())]
+    assert not found, f"absolute paths of one machine in {found}"

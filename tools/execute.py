@@ -1,0 +1,205 @@
+"""Run every notebook of the book and lay the book out for rendering.
+
+Executed copies of the notebooks and all other sources of the book go to one folder, `_build/executed` unless told
+otherwise, from which Jupyter Book only renders. A copy from an earlier run is kept if the notebook, its parameters,
+the package, the reference results and the environment are all unchanged; `--force` runs everything again, from an
+empty store of results. What was measured on the way (seconds, versions, hardware) is written to `status.json` and to
+the tables that the book's status page shows.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nbformat
+import papermill
+import torch
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    *("robustclip", "torch", "torchvision", "open_clip_torch", "transformers", "torchattacks", "textattack", "POT"),
+    *("numpy", "pandas", "scikit-learn", "seaborn", "papermill", "jupyter-book"),
+)
+CELL_TIMEOUT = 1800  # seconds; a cell that takes longer hangs
+QUIET = ["--IPKernelApp.log_level=ERROR"]  # kernels warn that they talk over local TCP
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to run: where it stands, where its executed copy goes, and what the copy depends on."""
+
+    source: Path
+    target: Path
+    parameters: dict[str, object]
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """The path that people know the notebook by."""
+        return self.source.relative_to(ROOT).as_posix()
+
+    def is_done(self) -> bool:
+        """Whether an executed copy of exactly this job exists."""
+        return self.target.exists() and record(self.target).get("fingerprint") == self.fingerprint
+
+
+def record(notebook: Path) -> dict:
+    """What an earlier run wrote into the metadata of an executed notebook."""
+    return json.loads(notebook.read_text(encoding="utf8"))["metadata"].get("robustclip", {})
+
+
+def sources(suffix: str = "") -> list[Path]:
+    """Files of the book, without the notebook editors' hidden folders."""
+    paths = sorted((ROOT / "book").rglob(f"*{suffix}"))
+    return [path for path in paths if path.is_file() and not any(part.startswith(".") for part in path.parts)]
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A short hash of the names and contents of files."""
+    hashed = hashlib.sha256()
+    for path in sorted(paths):
+        hashed.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return hashed.hexdigest()[:12]
+
+
+def code_digest() -> str:
+    """A hash of what every notebook depends on: the package with its data files, and the reference results."""
+    paths = [path for folder in ("src", "results") for path in (ROOT / folder).rglob("*")]
+    return digest(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells."""
+    facts = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", facts.read_text()) if facts.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, str]:
+    """The hardware and the versions that the notebooks run with."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    hardware = {"Processor": processor(), "Cores": str(os.cpu_count()), "GPU": gpu}
+    system = {"System": f"{platform.system()} {platform.machine()}", "Python": platform.python_version()}
+    return hardware | system | {package: version(package) for package in PACKAGES}
+
+
+def plan(out: Path, parameters: dict[str, object]) -> list[Job]:
+    """One job per notebook, with those of the parameters that the notebook declares."""
+    common = [code_digest(), environment()]
+    jobs = []
+    for source in sources(".ipynb"):
+        declared = papermill.inspect_notebook(str(source))
+        own = {name: value for name, value in parameters.items() if name in declared}
+        key = json.dumps([digest([source]), own, *common], sort_keys=True).encode()
+        jobs.append(Job(source, out / source.relative_to(ROOT), own, hashlib.sha256(key).hexdigest()))
+    return jobs
+
+
+def run(job: Job) -> str | None:
+    """Run one notebook in the repository's root folder; return what went wrong, if anything did."""
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    options = {"cwd": str(ROOT), "progress_bar": False, "execution_timeout": CELL_TIMEOUT, "extra_arguments": QUIET}
+    begin = datetime.now(UTC)
+    try:
+        notebook = papermill.execute_notebook(str(job.source), None, job.parameters, **options)
+    except PapermillExecutionError as error:
+        return f"{job.name}, cell [{error.exec_count}]:\n\n{error.source}\n\n" + "\n".join(error.traceback)
+    except Exception as error:  # the kernel died, a cell timed out: report it, and let the other notebooks run
+        return f"{job.name}: {type(error).__name__}: {error}"
+    end = datetime.now(UTC)
+    notebook.metadata["robustclip"] = {
+        "fingerprint": job.fingerprint,
+        "seconds": round((end - begin).total_seconds(), 1),
+        "cells": sum(cell.cell_type == "code" for cell in notebook.cells),
+        "finished": f"{end:%Y-%m-%d %H:%M}",
+    }
+    part = job.target.with_suffix(".part")  # a kill while writing leaves no half notebook
+    nbformat.write(notebook, part)
+    part.replace(job.target)
+    return None
+
+
+def run_all(jobs: list[Job]) -> list[str]:
+    """Run the jobs side by side, the cores shared out among them; return what went wrong."""
+    workers = max(1, min(os.cpu_count() or 1, len(jobs)))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))  # inherited by the kernels
+    failures = []
+    with ProcessPoolExecutor(workers) as pool:
+        running = {pool.submit(run, job): job for job in jobs}
+        for future in as_completed(running):
+            job, failure = running[future], future.result()
+            failures += [failure] if failure else []
+            print("FAILED" if failure else f"{record(job.target)['seconds']:5.1f} s", job.name, flush=True)
+    return failures
+
+
+def lay_out(out: Path) -> None:
+    """Copy the book's other sources beside the executed notebooks and remove what no longer has a source."""
+    for path in [path for path in out.rglob("*") if path.is_file()]:
+        if not (ROOT / path.relative_to(out)).exists():
+            path.unlink()
+    for path in [ROOT / "_config.yml", ROOT / "_toc.yml", *sources()]:
+        if path.suffix != ".ipynb":
+            (out / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / path.relative_to(ROOT))
+
+
+def write_table(path: Path, rows: list[tuple]) -> None:
+    """Write a table for the status page; its cells are Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def write_status(out: Path, jobs: list[Job]) -> None:
+    """Write what the runs measured, for people (the status page's tables) and for programs (status.json)."""
+    records = {job.name: record(job.target) for job in jobs}
+    status = {"code": code_digest(), "environment": environment(), "notebooks": records}
+    (out / "status.json").write_text(json.dumps(status, indent=1), encoding="utf8")
+    runs = [
+        (f"[](/{name})", made["cells"], made["seconds"], made["finished"], made["fingerprint"][:12])
+        for name, made in records.items()
+    ]
+    folder = out / "book" / "appendix"
+    write_table(folder / "status-runs.csv", [("Page", "Code cells", "Seconds", "Finished (UTC)", "Fingerprint"), *runs])
+    facts = {"Code": status["code"], "Seconds in all": round(sum(made["seconds"] for made in records.values()), 1)}
+    write_table(folder / "status-environment.csv", [("What", "Value"), *(facts | status["environment"]).items()])
+
+
+def main() -> None:
+    """Run what has to run, then lay the book out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "_build" / "executed", help="where the executed book goes")
+    parser.add_argument("--force", action="store_true", help="run also what has not changed")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="a parameter, for the notebooks that have one of this name")  # fmt: skip
+    arguments = parser.parse_args()
+    parameters = {name: yaml.safe_load(value) for name, value in arguments.parameter}
+    jobs = plan(arguments.out, parameters)
+    with TemporaryDirectory() as empty:
+        if arguments.force:
+            os.environ["ROBUSTCLIP_RUNS"] = empty  # measured results are made again, too
+        failures = run_all([job for job in jobs if arguments.force or not job.is_done()])
+    if failures:
+        sys.exit("\n\n".join(failures) + f"\n\n{len(failures)} of {len(jobs)} notebooks failed")
+    lay_out(arguments.out)
+    write_status(arguments.out, jobs)
+
+
+if __name__ == "__main__":
+    main()
