@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 
@@ -16,10 +15,12 @@ def check_images(images: Tensor) -> Tensor:
         raise ValueError(f"images must have shape (n, 3, height, width), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floating point in [0, 1], got {images.dtype}; divide bytes by 255")
-    if not torch.isfinite(images).all():
+    if not images.numel():
+        return images
+    low, high = (bound.item() for bound in images.aminmax())  # one pass; NaN spreads to both
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("images contain NaN or infinity; check the loader or the previous attack")
-    if len(images) and (images.min() < 0 or images.max() > 1):
-        low, high = images.min().item(), images.max().item()
+    if low < 0 or high > 1:
         raise ValueError(f"images must lie in [0, 1], got [{low:.4g}, {high:.4g}]; normalisation belongs in the model")
     return images
 
