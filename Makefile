@@ -6,8 +6,8 @@ PORT   ?= 8000
 BIN   := .venv/bin
 # One stamp per content of the lock: the second call installs nothing, a changed lock installs again.
 STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
-# `make lock` holds these two: the newest pair whose torch also comes as a CPU build.
-HOLD  ?= torch==2.13.0 torchvision==0.28.0
+# `make lock` holds these: the newest torch that also comes as a CPU build, and what still takes Python 3.11.0.
+HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3.0.2'
 
 .DEFAULT_GOAL := help
 .PHONY: help book notebooks test lint format serve reproduce linkcheck lock clean
@@ -58,7 +58,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	  "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
 	@echo "Installing the pinned packages into .venv, about 100 seconds ..."
-	@$(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@rm -f .venv/.installed-* && touch $@

@@ -9,13 +9,14 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -112,6 +113,12 @@ def test_every_requirement_is_pinned_within_its_range(project, lock):
 def test_environment_has_the_pinned_versions(lock):
     for name in ("torch", "open-clip-torch", "transformers", "jupyter-book", "papermill", "sphinx-mathjax-offline"):
         assert version(name).split("+")[0] == lock[name], f"{name}: run `make test`, which installs the pins"
+
+
+def test_every_pin_takes_the_oldest_python_we_promise(project, lock):
+    oldest = re.search(r"[\d.]+", project["requires-python"])[0] + ".0"
+    needs = {name: metadata(name).get("Requires-Python") or "" for name in lock}
+    assert not {name: need for name, need in needs.items() if oldest not in SpecifierSet(need)}
 
 
 def test_readme_shows_the_two_commands(root):
