@@ -1,0 +1,182 @@
+"""Figures: one seaborn style on a white card, which reads the same on a light and on a dark page."""
+
+import io
+import textwrap
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from cycler import cycler
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from robustclip.checks import check_images, check_range
+from robustclip.report import words
+
+COLORS = sns.color_palette("colorblind", 8)
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<"]
+DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))]
+HATCHES = ["", "///", "...", "\\\\\\", "xx", "--", "++", "oo"]
+LOOKS = cycler(color=COLORS, marker=MARKERS, linestyle=DASHES)
+INCH = 96  # pixels of a web page
+GAP = 0.08  # inches between images
+LIMIT = 110_000  # bytes of one picture: 147 kB once written into a page
+TRIES = [("png", 1, {}), ("webp", 1, {"lossless": True}), ("webp", 1, {"quality": 90}), ("webp", 1, {"quality": 70})]
+TRIES += [("webp", 2, {"quality": 70}), ("webp", 2, {"quality": 30})]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the book's style inside a `with` block: colorblind palette, a marker and a dash pattern per color."""
+    own = {"axes.prop_cycle": LOOKS, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
+    own |= {"figure.constrained_layout.use": True, "figure.figsize": (5.6, 3.6), "grid.color": "0.9"}
+    own |= sns.plotting_context("notebook", font_scale=0.85)
+    with mpl.rc_context(sns.axes_style("ticks") | own):
+        yield
+
+
+@dataclass(frozen=True, repr=False)
+class Picture:
+    """A figure ready for a page: its file, twice `width` pixels wide, the words that stand for it, and those below."""
+
+    data: bytes
+    kind: str
+    width: int
+    alt: str
+    notes: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """Return an image that shrinks with the page; the class "dark-light" keeps themes from recoloring it."""
+        below = f"<figcaption>{'<br>'.join(map(escape, self.notes))}</figcaption>" * bool(self.notes)
+        return (
+            f'<figure class="robustclip-figure" style="margin:0"><img class="dark-light" alt="{escape(self.alt)}" '
+            f'width="{self.width}" style="max-width:100%;height:auto;background:#fff;border-radius:3px;padding:0" '
+            f'src="data:image/{self.kind};base64,{b64encode(self.data).decode()}">{below}</figure>'
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join((f"[figure: {self.alt}]", *self.notes))
+
+
+def show(figure: Figure, alt: str) -> Picture:
+    """Turn a figure into a picture (PNG, or WebP if too large); `alt` says what it shows to those who cannot see it."""
+    if not alt.strip():
+        raise ValueError(f"alt={alt!r} is not allowed; say in a sentence what the figure shows")
+    plt.close(figure)  # else a notebook shows it a second time, without the words
+    with style():
+        figure.savefig(canvas := io.BytesIO(), dpi=2 * INCH)
+    image = Image.open(canvas).convert("RGB")
+    for kind, coarse, options in TRIES:
+        image.reduce(coarse).save(file := io.BytesIO(), kind, **options)
+        if file.tell() <= LIMIT:
+            break
+    return Picture(file.getvalue(), kind, image.width // 2, alt, tuple(figure.get_label().splitlines()))
+
+
+def curves(
+    frame: pd.DataFrame, x: str = "eps", y: str = "accuracy", hue: str = "model", panels: str = "", title: str = ""
+) -> Figure:
+    """Plot `y` against `x`: a line with its Wilson band per `hue`, a panel per value of `panels`; no eps means 0."""
+    names = [name for name in (x, hue, panels) if name]
+    words.check_unique(frame, names, y)
+    frame = frame.assign(eps=frame["eps"].fillna(0) * 255) if x == "eps" else frame
+    parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
+    looks = dict(zip(frame[hue].unique(), LOOKS(), strict=False))
+    across, down = min(len(parts), 3), -(-len(parts) // 3)
+    with style():
+        figure = Figure(figsize=(max(5.6, 2.8 * across), 1.6 + 2.2 * down))
+        axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+        for axis, (name, part) in zip(axes, parts, strict=False):
+            axis.set(title=words.text_of(panels, name), xlabel=words.UNITS.get(x, x))
+            for label, line in part.sort_values(x).groupby(hue, sort=False):
+                axis.plot(line[x], line[y], label=words.text_of(hue, label), **looks[label])
+                if y == "accuracy":
+                    axis.fill_between(line[x], line["low"], line["high"], color=looks[label]["color"], alpha=0.2, lw=0)
+        for axis in axes[len(parts) :]:
+            axis.remove()
+        return _finish(figure, frame, names, y, title)
+
+
+def bars(frame: pd.DataFrame, x: str = "dataset", y: str = "accuracy", hue: str = "model", title: str = "") -> Figure:
+    """Draw bars of `y` with Wilson intervals: a group per `x`, a color and a hatch per `hue`; no bar: no result."""
+    words.check_unique(frame, [x, hue], y)
+    groups, names = list(frame[x].unique()), list(frame[hue].unique())
+    width, crowded = 0.8 / len(names), len(groups) > 5
+    with style():
+        figure = Figure(figsize=(min(9, max(4.2, 1.2 + 0.3 * len(groups) * (len(names) + 1))), 3.8))
+        axis = figure.subplots()
+        for index, name in enumerate(names):
+            part = frame[frame[hue] == name].set_index(x).reindex(groups)
+            places = [group - 0.4 + (index + 0.5) * width for group in range(len(groups))]
+            look = {"color": COLORS[index % 8], "hatch": HATCHES[index % 8], "edgecolor": "white"}
+            errors = [part[y] - part["low"], part["high"] - part[y]] if y == "accuracy" else None
+            drawn = axis.bar(places, part[y], width, yerr=errors, label=words.text_of(hue, name), **look)
+            axis.bar_label(drawn, fmt="%.0f", fontsize="x-small", padding=1)
+        labels = [words.text_of(x, group) for group in groups]
+        axis.set_xticks(range(len(groups)), labels, rotation=40 * crowded, ha="right" if crowded else "center")
+        axis.grid(False, axis="x")
+        return _finish(figure, frame, [x, hue], y, title)
+
+
+def image_grid(images: Tensor, titles: Sequence[str] = (), columns: int = 6, size: float = 1.2) -> Figure:
+    """Lay out images (n, 3, height, width) in [0, 1], `size` inches wide each; enlarged pixels stay sharp squares."""
+    count = len(check_images(images))
+    across = min(int(check_range("columns", columns, 1)), count)
+    if not count or len(titles) not in (0, count):
+        raise ValueError(f"got {count} images and {len(titles)} titles; give at least one image, and a title for each")
+    lines = [textwrap.fill(title, round(14 * size)) for title in titles] or [""] * count
+    head = GAP + 0.15 * max(line.count("\n") + 1 for line in lines) * bool(titles)
+    down, tall = -(-count // across), size * images.shape[2] / images.shape[3]
+    height, width = down * (tall + head), across * (size + GAP) - GAP
+    room = {"left": 0, "right": 1, "bottom": 0, "top": 1 - head / height, "wspace": GAP / size, "hspace": head / tall}
+    smooth = "nearest" if images.shape[3] < 2 * INCH * size else "antialiased"
+    with style():
+        figure = Figure(figsize=(width, height), layout="none")
+        for axis in (axes := figure.subplots(down, across, squeeze=False, gridspec_kw=room).flatten()):
+            axis.set_axis_off()
+        for axis, image, line in zip(axes, images.detach().cpu(), lines, strict=False):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation=smooth, aspect="auto")
+            axis.set_title(line, fontsize=8, pad=2)
+        return figure
+
+
+def attack_strip(
+    clean: Tensor, adversarial: Tensor, titles: Sequence[tuple[str, str]] = (), magnify: float | None = None
+) -> Figure:
+    """Show clean | perturbation x `magnify` (gray = 0) | adversarial, one image a row.
+
+    `titles` says what the model sees in the clean and in the adversarial image of each row. Without `magnify`, the
+    largest whole factor that clips nothing is taken.
+    """
+    if check_images(clean).shape != check_images(adversarial).shape:
+        raise ValueError(f"adversarial has shape {tuple(adversarial.shape)}, clean {tuple(clean.shape)}; give them one")
+    change = (adversarial - clean).detach()
+    factor = magnify or max(1, int(0.5001 / change.abs().max().clamp(min=1e-3).item()))
+    strip = torch.stack([clean, (0.5 + factor * change).clamp(0, 1), adversarial], dim=1).flatten(0, 1)
+    heads = []
+    for before, after in titles or [("", "")] * len(clean):
+        heads += [f"clean: {before}", f"change × {factor:g} (gray = 0)", f"adversarial: {after}"]
+    return image_grid(strip, [head.removesuffix(": ") for head in heads], columns=3, size=1.6)
+
+
+def _finish(figure: Figure, frame: pd.DataFrame, shown: list[str], y: str, title: str) -> Figure:
+    """Add what every chart needs: title with scale, unit, legend, and below it the notes that belong to its numbers."""
+    if y == "accuracy":
+        figure.axes[0].set_ylim(-2, 104)
+    figure.supylabel(words.UNITS.get(y, y), fontsize="medium")
+    figure.suptitle(f"{title} ({words.scale_of(frame)})".strip(), fontsize="medium")
+    known = {
+        name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.07 * max(map(len, known)))))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    figure.set_label("\n".join(words.notes(frame, shown, y)))  # `show` puts it below the picture
+    return figure

@@ -1,0 +1,77 @@
+"""The words around a number, shared by tables and figures: units, scale, who played a role, what the attacker knew."""
+
+import pandas as pd
+
+from robustclip.checks import check_choice
+
+MISSING, STALE = "–", "†"
+UNITS = {"accuracy": "accuracy (%)", "eps": "perturbation radius eps (1/255)", "steps": "attack steps", "n": "images"}
+UNITS |= {"seconds": "time (s)", "forward": "images forward", "backward": "images backward"}
+KNOWS = {"blind": "blind (sees only the undefended model)", "aware": "aware (sees the defended model)"}
+KNOWS |= {"?": "blind or aware is not recorded"}
+SETTINGS = ["scale", "model", "defense", "dataset", "attack", "attacker", "eps", "n", "seed", "setting"]
+
+
+def text_of(name: str, value: object) -> str:
+    """Write a value of column `name`: eps in 1/255 where it is a whole or half number of them, a dash if missing."""
+    if pd.isna(value) or value == "":
+        return MISSING
+    if name == "eps" and 0 < value <= 16 / 255 and abs(value * 510 - round(value * 510)) < 1e-6:
+        return f"{round(value * 510) / 2:g}/255"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def scale_of(frame: pd.DataFrame, scale: str | None = None) -> str:
+    """Return "scale: quick"; a number without its scale is an error."""
+    if not scale and "scale" not in frame:
+        raise ValueError("scale=None is not allowed for a frame without a column 'scale'; name it, as in scale='quick'")
+    return f"scale: {scale or ', '.join(frame['scale'].unique())}"
+
+
+def check_unique(frame: pd.DataFrame, names: list[str], value: str) -> None:
+    """Check that `frame` has the columns `names` and `value` and one row for each combination of `names`."""
+    for name in (*names, value):
+        check_choice("column", name, frame.columns)
+    if "scale" in frame and "scale" not in names and frame["scale"].nunique() > 1:
+        raise ValueError(f"results are of {scale_of(frame)}; show the column 'scale' or filter by it")
+    place = frame.groupby(names, dropna=False).ngroup()
+    twins = frame[place.isin(place[place.duplicated()].head(1))]
+    if len(twins):
+        differ = [name for name in SETTINGS if name in twins and twins[name].nunique(dropna=False) > 1]
+        remedy = f"they differ in {', '.join(differ)}; show that too" if differ else "drop duplicates"
+        raise ValueError(f"{len(twins)} results for {twins.iloc[0][names].to_dict()}: {remedy}, or filter the frame")
+
+
+def notes(frame: pd.DataFrame, shown: list[str], value: str = "accuracy") -> tuple[str, ...]:
+    """Return the sentences that must stand beside the numbers of `frame`; `shown` are the columns a reader sees."""
+    what = UNITS.get(value, value) + " with 95 % Wilson intervals" * (value == "accuracy" and "low" in frame)
+    if "n" in frame and frame["n"].notna().any():
+        what += ", n = " + " to ".join(dict.fromkeys(f"{n:,.0f}" for n in (frame["n"].min(), frame["n"].max())))
+    cast = (_cast(frame, shown, "Data", "source", "dataset"), _cast(frame, shown, "Attack", "played_by", "attack"))
+    stale = f"{STALE} Measured with an older version of the code."
+    old = frame.get("stale", pd.Series(dtype=bool)).eq(True).any()
+    return (f"{what[0].upper()}{what[1:]}.", *filter(None, (*cast, _attacker(frame, shown), stale * bool(old))))
+
+
+def _cast(frame: pd.DataFrame, shown: list[str], what: str, player: str, role: str) -> str:
+    """Say which set or attack plays which of the papers'; its eps in 1/255, unless the reader sees that anyway."""
+    if not {player, role} <= set(frame.columns):
+        return f"{what}: what plays the papers' names is not recorded."
+    known = frame[frame[player].fillna("") != ""].astype({player: str})
+    budget = (lambda found: "eps") if "eps" in shown else (lambda found: text_of("eps", float(found[0])))
+    players = known[player].str.replace(r"(?<=\beps=)[\d.e-]+", budget, regex=True)
+    plays = [f"{name} plays {', '.join(part[role].unique())}" for name, part in known.groupby(players, sort=False)]
+    return f"{what}: {'; '.join(plays)}." if plays else ""
+
+
+def _attacker(frame: pd.DataFrame, shown: list[str]) -> str:
+    """Say what the attackers knew; blind and aware numbers may not be mixed without showing which is which."""
+    blank = pd.Series("?", index=frame.index)
+    none = {name: frame.get(name, blank).fillna("none").isin(("none", "clean", "")) for name in ("attack", "defense")}
+    defended = frame[~none["attack"] & ~none["defense"]]
+    if defended.empty:
+        return "" if none["attack"].all() else "Attacker: no test-time defense, so blind and aware are the same."
+    known = sorted(defended.get("attacker", blank).fillna("?").unique())
+    if len(known) > 1 and "attacker" not in shown:
+        raise ValueError(f"attacked numbers are {' and '.join(known)}; show the column 'attacker' or filter by it")
+    return f"Attacker: {'; '.join(KNOWS[check_choice('attacker', name, KNOWS)] for name in known)}."
