@@ -86,9 +86,9 @@ def grid(
 ) -> list[Cell]:
     """All combinations as cells, in table order; anything unknown or out of range is an error before any work.
 
-    `models`: names of the scale, or name -> loaded CLIP, folder, or what `models.load` takes. `attacks`: names as in the
-    papers, or name -> attack. `roles`: by default all of the scale that have classes. `eps` replaces the budgets of the
-    attacks. Clean cells are not repeated over attackers and eps.
+    `models`: names of the scale, or name -> loaded CLIP, folder, or what `models.load` takes. `attacks`: names as in
+    the papers, or name -> attack. `roles`: by default all of the scale that have classes. `eps` replaces the budgets of
+    the attacks. Clean cells are not repeated over attackers and eps.
     """
     chosen = find_scale(scale)
     for attacker in attackers:

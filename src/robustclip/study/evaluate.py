@@ -131,6 +131,7 @@ def evaluate(
         record = entry.read()
         if record is None or (record["code"] != code_digest() and cell.scale.recompute_stale):
             record = _measure(cell, bench, entry, batch_size or cell.scale.batch_size)
+        entry.part.unlink(missing_ok=True)  # a kill right after the last rename leaves it
         rows[place] = _row(cell.describe(), record)
     return pd.DataFrame([rows[place] for place in range(len(cells))], columns=COLUMNS)
 
@@ -259,10 +260,11 @@ def _megabytes(cell: Cell) -> float:
 
 def _passes(cell: Cell) -> tuple[int, int]:
     """Image passes at most: one to score, one to see which images stand, then the steps of the attack."""
+    size = role(cell.role).paper.get("test_images", cell.n) if cell.scale.source == "paper" else cell.n
+    n, restarts, steps = min(cell.n, size), getattr(cell.attack, "restarts", 1), getattr(cell.attack, "steps", None)
     if cell.attack is None or isinstance(cell.attack, UniformNoise):
-        return cell.n * (2 if cell.attack else 1), 0
-    restarts, steps = getattr(cell.attack, "restarts", 1), getattr(cell.attack, "steps", None)
-    return (cell.n * (2 + restarts * (steps + 1)), cell.n * restarts * steps) if steps else (3 * cell.n, cell.n)
+        return n * (2 if cell.attack else 1), 0
+    return (n * (2 + restarts * (steps + 1)), n * restarts * steps) if steps else (3 * n, n)
 
 
 def _speed(cell: Cell, bench: Bench, store: Store) -> tuple[float, str]:

@@ -53,7 +53,7 @@ def reference(scale: str = "full", folder: str | Path = "results") -> pd.DataFra
     if not paths:
         place = str(Path(folder) / scale)
         raise FileNotFoundError(f"no results in {place!r}; write them with `robustclip export --scale {scale}`")
-    return pd.concat([pd.read_csv(path, float_precision="round_trip") for path in paths], ignore_index=True)
+    return pd.concat([pd.read_csv(path, engine="python") for path in paths], ignore_index=True)
 
 
 def compare(

@@ -81,11 +81,10 @@ class Entry:
         return record
 
     def write(self, record: dict) -> dict:
-        """Store a finished result in one step, then drop the partial one; returns what was stored."""
+        """Store a finished result in one step and return what was stored; the partial one is not needed any more."""
         record = {"format": FORMAT, "key": self.path.stem, **record}
         record["digest"] = _digest(record)
         _replace(self.path, json.dumps(record) + "\n")
-        self.part.unlink(missing_ok=True)
         return record
 
     def batches(self, code: str) -> list[dict]:

@@ -1,0 +1,228 @@
+"""The command line: measure cells, plan them, re-execute the book, look into the store.
+
+Nothing heavy is imported before a command needs it, so `--help` answers at once. Exit codes: 0 done, 1 something failed
+on the way (what was finished is kept), 2 the command itself was wrong.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from robustclip.study import Cell
+
+app = typer.Typer(
+    help="Attacks on CLIP and defenses against them, measured cell by cell.",
+    epilog="Start with: robustclip run --role cifar10     Then: robustclip COMMAND --help",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+CELL = ("model", "role", "attack", "attacker", "eps", "n")  # columns that say what was measured
+Scale = Annotated[str, typer.Option(help="quick, full, photo, paper, or a .toml file of your own.")]
+Models = Annotated[list[str], typer.Option("--model", help="A model of the scale, or anything models.load takes.")]
+Roles = Annotated[list[str] | None, typer.Option("--role", help="A data set, by its role [default: all of the scale].")]
+Attacks = Annotated[list[str], typer.Option("--attack", help="clean, noise, FGSM, PGD-10, PGD-100 ...")]
+Attackers = Annotated[list[str], typer.Option("--attacker", help="blind or aware of the defense.")]
+Budgets = Annotated[list[str] | None, typer.Option("--eps", help="Budget, like 4/255 [default: the scale's].")]
+Seeds = Annotated[list[int], typer.Option("--seed", help="Random seed of attacks and defenses.")]
+Images = Annotated[int | None, typer.Option("--n", help="Images per role [default: the scale's].")]
+Shard = Annotated[str, typer.Option(help="Part i of n of the cells, like 2/4, to split a grid by hand.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Folder = Annotated[Path | None, typer.Option("--store", help="Folder of results [default: ROBUSTCLIP_RUNS, or runs].")]
+Machine = Annotated[bool, typer.Option("--json", help="Machine-readable on standard output.")]
+
+
+@contextmanager
+def _exit_code(code: int) -> Iterator[None]:
+    """Show an expected error as one line, without a traceback, and leave with `code`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _fail(str(error), code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _select(scale: str, models: Sequence[str], shard: str, device: str, **options: Any) -> "list[Cell]":
+    """The cells that the options of `run` and `plan` name; whatever is wrong with them is bad usage."""
+    from robustclip import study
+    from robustclip.models import pick_device
+
+    pick_device(device)
+    chosen = study.scale(scale)
+    specs = {name: chosen.model(name) if name in chosen.models else name for name in models}
+    given = {name: value for name, value in options.items() if value not in (None, [], ())}
+    cells = study.grid(chosen, specs, **given)
+    part, _, parts = shard.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"shard={shard!r} is not allowed; write i/n with i from 1 to n, like 2/4")
+    return cells[int(part) - 1 :: int(parts)]
+
+
+def _show(frame: "pd.DataFrame", columns: Sequence[str]) -> None:
+    """Print some columns of a table, eps in 1/255."""
+    frame = frame.assign(eps=[f"{255 * eps:g}/255" if eps else "" for eps in frame["eps"]])
+    typer.echo(frame.to_string(columns=list(columns), index=False, na_rep="?", float_format="{:.1f}".format))
+
+
+@app.command()
+def run(
+    scale: Scale = "quick",
+    model: Models = ("clip",),
+    role: Roles = None,
+    attack: Attacks = ("clean", "PGD-100"),
+    attacker: Attackers = ("blind",),
+    eps: Budgets = None,
+    seed: Seeds = (0,),
+    n: Images = None,
+    shard: Shard = "1/1",
+    device: Device = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once [default: the scale's].")] = None,
+    store: Folder = None,
+    as_json: Machine = False,
+) -> None:
+    """Measure all combinations of the options and print accuracies with 95 % intervals.
+
+    Finished cells are taken from the store; an interrupted run goes on where it stopped: give the same command again.
+
+    \b
+    robustclip run --role cifar10 --role imagenet --attack clean --attack PGD-20
+    robustclip run --role cifar10 --attack PGD-100 --eps 2/255 --eps 4/255 --n 1000
+    robustclip run --scale full --shard 1/2 & robustclip run --scale full --shard 2/2
+    """
+    with _exit_code(2):
+        options = {"roles": role, "attacks": attack, "attackers": attacker, "eps": eps, "seeds": seed, "n": n}
+        cells = _select(scale, model, shard, device, **options)
+    from robustclip.study import evaluate
+
+    with _exit_code(1):
+        results = evaluate(cells, store, device, batch_size)
+    if as_json:
+        typer.echo(results.to_json(orient="records", indent=1))
+    else:
+        _show(results, (*CELL, "accuracy", "low", "high", "source", "stale"))
+
+
+@app.command()
+def plan(
+    scale: Scale = "quick",
+    model: Models = ("clip",),
+    role: Roles = None,
+    attack: Attacks = ("clean", "PGD-100"),
+    attacker: Attackers = ("blind",),
+    eps: Budgets = None,
+    seed: Seeds = (0,),
+    n: Images = None,
+    shard: Shard = "1/1",
+    device: Device = "auto",
+    store: Folder = None,
+    as_json: Machine = False,
+) -> None:
+    """Say what `run` with the same options would take at most; nothing is measured, stored or downloaded.
+
+    \b
+    robustclip plan --scale paper
+    """
+    with _exit_code(2):
+        options = {"roles": role, "attacks": attack, "attackers": attacker, "eps": eps, "seeds": seed, "n": n}
+        cells = _select(scale, model, shard, device, **options)
+    from robustclip import study
+
+    with _exit_code(1):
+        costs = study.plan(cells, store, device)
+    if as_json:
+        typer.echo(costs.to_json(orient="records", indent=1))
+        return
+    _show(costs, (*CELL, "forward", "backward", "seconds", "megabytes"))
+    known, unknown = costs["megabytes"].sum() / 1e3, costs["megabytes"].isna().sum()
+    typer.echo(f"\n{len(costs)} cells, {costs['forward'].sum():,} image passes forward and {costs['backward'].sum():,} "
+               f"backward, {costs['seconds'].sum() / 3600:.2g} hours (speed {', '.join(costs['estimate'].unique())}), "
+               f"{known:.3g} GB to download" + f" and {unknown} sets of unknown size" * bool(unknown))  # fmt: skip
+
+
+@app.command()
+def export(
+    scale: Scale = "full",
+    store: Folder = None,
+    out: Annotated[Path, typer.Option(help="Folder for the CSV files, one folder per scale in it.")] = Path("results"),
+) -> None:
+    """Write everything the store holds for a scale as CSV files with provenance, one per role."""
+    from robustclip import study
+
+    with _exit_code(1):
+        for path in study.export(scale, store, out):
+            typer.echo(str(path))
+
+
+@app.command()
+def reproduce(
+    scale: Scale = "full",
+    notebook: Annotated[str, typer.Option(help="Only notebooks whose path matches, like '*mmcoa*'.")] = "*",
+    force: Annotated[bool, typer.Option("--force", help="Run also notebooks that have not changed.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where executed notebooks go [default: _build/SCALE].")] = None,
+) -> None:
+    """Run the notebooks of the book at a scale and export what they measured to results/SCALE.
+
+    Give it in a clone of the repository. What an earlier call finished, notebooks and cells, is not done again.
+
+    \b
+    robustclip reproduce --scale full
+    robustclip reproduce --scale quick --notebook '*foundations*'
+    """
+    from robustclip import study
+
+    with _exit_code(2):
+        study.scale(scale)
+        if not Path("tools/execute.py").is_file():
+            raise ValueError(f"no book in {str(Path.cwd())!r}; change to the folder of a clone of the repository")
+    sys.path.insert(0, str(Path("tools").resolve()))
+    execute = importlib.import_module("execute")
+    jobs = execute.plan((out or Path("_build") / Path(scale).stem).resolve(), {"scale": scale})
+    jobs = [job for job in jobs if fnmatch(job.name, notebook)]
+    failures = execute.run_all([job for job in jobs if force or not job.is_done()])
+    with _exit_code(1):
+        written = study.export(Path(scale).stem)
+    typer.echo(f"{len(jobs) - len(failures)} of {len(jobs)} notebooks done, {len(written)} tables in results")
+    if failures:
+        _fail("\n\n".join(failures), 1)
+
+
+@app.command()
+def status(store: Folder = None, as_json: Machine = False) -> None:
+    """List what the store holds: results that are done, stale (of older code), partial or corrupt, and versions."""
+    from robustclip import study
+
+    found = study.Store(store)
+    files, about = found.status(), {"store": str(found.root), "code": study.code_digest(), **study.versions()}
+    if as_json:
+        typer.echo(json.dumps(about | {"files": json.loads(files.to_json(orient="records"))}, indent=1))
+        return
+    typer.echo("  ".join(f"{name} {value}" for name, value in about.items()))
+    for (scale, state), group in files.groupby(["scale", "state"]):
+        typer.echo(f"{scale}: {len(group)} {state}")
+    for problem in files["problem"][files["problem"] != ""]:
+        typer.echo(problem)
+
+
+def main() -> None:
+    """Entry point of the `robustclip` command."""
+    app(prog_name="robustclip")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Scales, attacks by name, cells and grids."""
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robustclip.attacks import FGSM, PGD, UniformNoise
+from robustclip.data.roles import role_names
+from robustclip.study import grid, parse_eps, scale, scale_names
+from study_fakes import Darken, FakeClip, Step
+
+SMALL = """
+source = "tinyworld"
+reference_eps = "4/255"
+images = 30
+batch_size = 10
+recompute_stale = true
+roles = ["cifar10", "dtd"]
+role_images = { dtd = 12 }
+steps = { "PGD-100" = 3 }
+[models]
+clip = "tinyworld-clip"
+mine = "${MY_CLIP:-runs/mine}"
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def test_the_four_scales_load_and_know_their_model():
+    assert scale_names() == ("full", "paper", "photo", "quick")
+    for name in scale_names():
+        chosen = scale(name)
+        assert chosen.name == name
+        assert chosen.model("clip")
+        assert set(chosen.roles) <= set(role_names())
+        assert scale(chosen) is chosen
+
+
+def test_quick_is_smaller_than_full_and_both_have_every_role():
+    quick, full = scale("quick"), scale("full")
+    assert quick.roles == full.roles == role_names()
+    assert quick.images < full.images
+    assert quick.attack("PGD-100").steps < full.attack("PGD-100").steps == 100
+    assert quick.reference_eps == full.reference_eps
+
+
+@given(st.integers(0, 255))
+def test_eps_text_is_exact(numerator):
+    assert parse_eps(f"{numerator}/255") == numerator / 255
+    assert parse_eps(numerator / 255) == numerator / 255
+    assert parse_eps(str(float(Fraction(numerator, 255)))) == numerator / 255
+
+
+@pytest.mark.parametrize("text", ["", "one", "1/0", "8\\255"])
+def test_eps_that_is_no_number(text):
+    with pytest.raises(ValueError, match=r"eps=.* is not a number; write it like 8/255"):
+        parse_eps(text)
+
+
+def test_attacks_go_by_the_names_of_the_papers(small):
+    chosen = scale(small)
+    eps = 4 / 255
+    assert chosen.attack("clean") is None
+    assert chosen.attack("noise", seed=3) == UniformNoise(eps=eps, seed=3)
+    assert chosen.attack("FGSM", eps="1/255") == FGSM(eps=1 / 255)
+    assert chosen.attack("PGD-100") == PGD(eps=eps, steps=3)
+    assert chosen.attack("PGD-37", seed=1) == PGD(eps=eps, steps=37, seed=1)
+
+
+@pytest.mark.parametrize("name", ["PGD", "PGD-0", "pgd-10", "AutoAttack", ""])
+def test_an_unknown_attack_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match=r"unknown attack.*clean, noise, FGSM, PGD-10"):
+        scale("quick").attack(name)
+
+
+@pytest.mark.parametrize("eps", [-0.01, 1.5, "256/255"])
+def test_eps_outside_its_range(eps):
+    with pytest.raises(ValueError, match=r"eps=.*between 0 and 1"):
+        scale("quick").attack("FGSM", eps=eps)
+    with pytest.raises(ValueError, match=r"eps=.*between 0 and 1"):
+        grid("quick", roles=["cifar10"], eps=[eps])
+
+
+def test_an_l2_budget_may_exceed_one():
+    (cell,) = grid("quick", roles=["cifar10"], attacks={"L2": PGD(eps=0.5, norm="l2")}, eps=[3])
+    assert cell.eps == 3
+
+
+def test_a_scale_of_ones_own(small, monkeypatch):
+    chosen = scale(small)
+    assert (chosen.name, chosen.images_of("cifar10"), chosen.images_of("dtd")) == ("small", 30, 12)
+    assert chosen.model("mine") == "runs/mine"
+    monkeypatch.setenv("MY_CLIP", "elsewhere")
+    assert chosen.model("mine") == "elsewhere"
+    for wrong in (lambda: chosen.model("other"), lambda: chosen.images_of("pets")):
+        with pytest.raises(ValueError, match="at scale small"):
+            wrong()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('source = "tinyworld"', "", "source missing or unknown"),
+        ("images = 30", "images = 30\ncolour = 1", "colour missing or unknown"),
+        ('source = "tinyworld"', 'source = "moon"', "unknown source 'moon'"),
+        ('"4/255"', '"400/255"', "reference_eps=.*between 0 and 1"),
+        ("images = 30", "images = 0", "images of scale small=0"),
+        ("dtd = 12", "dtd = -1", "dtd of scale small=-1"),
+        ('"PGD-100" = 3', '"PGD-100" = 0', "PGD-100 of scale small=0"),
+        ('"dtd"]', '"moon"]', "unknown role 'moon'"),
+        ("[models]", "[models", "not valid TOML"),
+    ],
+)
+def test_a_wrong_scale_file_says_what_is_wrong(tmp_path, old, new, message):
+    path = tmp_path / "small.toml"
+    assert old in SMALL
+    path.write_text(SMALL.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        scale(str(path))
+
+
+def test_a_missing_scale_lists_the_known_ones():
+    with pytest.raises(FileNotFoundError, match=r"nowhere.toml.*full, paper, photo, quick"):
+        scale("nowhere.toml")
+    with pytest.raises(ValueError, match=r"unknown scale 'huge'.*full, paper, photo, quick"):
+        scale("huge")
+
+
+def test_a_grid_has_all_combinations_and_repeats_nothing_clean(small):
+    cells = grid(
+        small,
+        models={"a": FakeClip(), "b": FakeClip(1.0)},
+        roles=["cifar10", "dtd"],
+        attacks=["clean", "FGSM"],
+        defenses={"none": None, "dark": Darken()},
+        attackers=["blind", "aware"],
+        seeds=[0, 1],
+        eps=["1/255", "2/255"],
+    )
+    clean, attacked = ([cell for cell in cells if (cell.attack is None) == wanted] for wanted in (True, False))
+    assert len(clean) == 2 * 2 * 2 * 2  # models, roles, defenses, seeds
+    assert len(attacked) == len(clean) * 4  # eps, attackers
+    assert len(set(cells)) == len(cells)
+    assert {cell.attacker for cell in clean} == {"none"}
+    assert {cell.eps for cell in clean} == {0.0}
+    assert {cell.eps for cell in attacked} == {1 / 255, 2 / 255}
+    assert {cell.n for cell in cells if cell.role == "dtd"} == {12}
+
+
+def test_seeds_reach_attacks_and_budgets_stay_unless_replaced():
+    cells = grid("quick", roles=["cifar10"], attacks={"Step": Step(eps=0.2)}, seeds=[5, 6])
+    assert [cell.attack for cell in cells] == [Step(eps=0.2, seed=5), Step(eps=0.2, seed=6)]
+    assert "Step(eps=0.2, seed=5)" in cells[0].describe()["played_by"]
+
+
+def test_every_role_with_classes_by_default():
+    assert {cell.role for cell in grid("quick")} == set(role_names()) - set(role_names("retrieval"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"roles": ["cifar11"]}, "unknown role at scale quick 'cifar11'.*cifar10"),
+        ({"roles": ["coco"]}, "unknown role at scale quick 'coco'"),
+        ({"models": ["clap"]}, "unknown model at scale quick 'clap'.*clip"),
+        ({"attacks": ["PDG"]}, "unknown attack 'PDG'"),
+        ({"attackers": ["psychic"]}, "unknown attacker 'psychic'.*blind, aware"),
+        ({"n": 0}, "n=0"),
+        ({"n": -5}, "n=-5"),
+        ({"n": "many"}, "n='many'"),
+        ({"eps": [2]}, "eps=2.0"),
+        ({"eps": ["x"]}, "eps='x'"),
+        ({"template": "a photo"}, "template='a photo' has no {}"),
+        ({"scale": "huge"}, "unknown scale 'huge'"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_any_work(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        grid(**{"scale": "quick", "roles": ["cifar10"]} | wrong)
+
+
+def test_an_attack_must_show_its_settings():
+    @dataclass(frozen=True, repr=False)
+    class Secret:
+        eps: float = 0.1
+
+    with pytest.raises(ValueError, match="frozen dataclass"):
+        grid("quick", roles=["cifar10"], attacks={"secret": Secret()})
+
+
+def test_a_key_changes_with_everything_that_matters_and_nothing_else():
+    cell, other = grid("quick", {"a": None, "b": None}, ["cifar10"], ["PGD-10"], [Darken()])
+    key = cell.key("weights", "pixels", ["a star"])
+    assert key == other.key("weights", "pixels", ["a star"])  # a model's name is not the model
+    changed = [
+        cell.key("other", "pixels", ["a star"]),
+        cell.key("weights", "other", ["a star"]),
+        cell.key("weights", "pixels", ["a moon"]),
+        *(
+            replace(cell, **{name: value}).key("weights", "pixels", ["a star"])
+            for name, value in [
+                ("scale", scale("full")),
+                ("role", "dtd"),
+                ("attack", None),
+                ("attack", replace(cell.attack, steps=11)),
+                ("attack", replace(cell.attack, eps=0.5)),
+                ("attacker", "aware"),
+                ("defense", None),
+                ("defense", Darken(factor=0.1)),
+                ("n", 7),
+                ("seed", 1),
+            ]
+        ),
+    ]
+    assert len({key, *changed}) == len(changed) + 1
+
+
+def test_without_a_defense_both_attackers_are_one_cell():
+    blind, aware = grid("quick", roles=["cifar10"], attacks=["FGSM"], attackers=["blind", "aware"])
+    assert blind.key("w", "d", ["p"]) == aware.key("w", "d", ["p"])
