@@ -120,7 +120,7 @@ class ZeroShotClassifier(nn.Module):
         super().__init__()
         if not prompts:
             raise ValueError("prompts is empty; give one text per class")
-        self.clip, self.prompts = clip, tuple(prompts)
+        self.clip, self.prompts, self.training = clip, tuple(prompts), clip.training
         self.register_buffer("text_features", clip.text_features(self.prompts), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

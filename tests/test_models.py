@@ -1,0 +1,372 @@
+"""Loading any CLIP, classifying with it, and the errors when a name leads nowhere."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from robustclip import models
+from robustclip.data.roles import role, tinyworld_samples
+from robustclip.models import CONFIG, EMBEDDED, WEIGHTS, ZeroShotClassifier, load, pick_device, save, zero_shot
+
+models._torchvision.prepare()
+import open_clip  # noqa: E402  torchvision has to be prepared first
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load(EMBEDDED, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return tinyworld_samples("cifar10", "test", 64)[0].float() / 255
+
+
+@pytest.fixture
+def folder(clip, tmp_path):
+    """A copy of the embedded model that tests may spoil."""
+    return save(clip, tmp_path / "model")
+
+
+# --- the embedded model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_embedded_model_classifies(clip, name):
+    pixels, labels, classes, _ = tinyworld_samples(name, "test", 200)
+    with torch.no_grad():
+        logits = zero_shot(clip, role(name))(pixels.float() / 255)
+    assert logits.shape == (200, len(classes))
+    assert (logits.argmax(1) == labels).float().mean() > 3 / len(classes)
+
+
+def test_features_are_unit_rows(clip, images):
+    texts = ["a red star", "a blue fish", "a red star"]
+    for features, rows in ((clip.encode_images(images), 64), (clip.encode_texts(texts), 3)):
+        assert features.shape[0] == rows
+        assert torch.allclose(features.norm(dim=1), torch.ones(rows), atol=1e-5)
+    assert torch.equal(clip.encode_texts(texts)[0], clip.encode_texts(texts)[2])
+
+
+def test_logits_are_scaled_cosines(clip, images):
+    prompts = role("cifar10").prompts
+    cosines = clip.encode_images(images) @ clip.encode_texts(prompts).T
+    logits = ZeroShotClassifier(clip, prompts)(images)
+    assert torch.allclose(logits, cosines * clip.network.logit_scale.exp(), atol=1e-4)
+
+
+def test_gradient_reaches_the_pixels_and_nothing_else(clip, images):
+    pixels = images[:4].clone().requires_grad_()
+    classifier = zero_shot(clip, role("cifar10"))
+    classifier(pixels).logsumexp(1).sum().backward()
+    assert (pixels.grad.flatten(1).norm(dim=1) > 0).all()
+    assert torch.isfinite(pixels.grad).all()
+    assert not any(weight.requires_grad or weight.grad is not None for weight in classifier.parameters())
+    assert not any(module.training for module in classifier.modules())
+
+
+def test_gradient_agrees_with_a_finite_difference(clip, images):
+    classifier, pixels = zero_shot(clip, role("cifar10")), images[:1].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(classifier(pixels)[0, 0], pixels)
+    step = 1e-2 * gradient / gradient.norm()
+    with torch.no_grad():
+        rise = classifier(images[:1] + step)[0, 0] - classifier(images[:1] - step)[0, 0]
+    assert rise.item() == pytest.approx(2 * (step * gradient).sum().item(), rel=0.1)
+
+
+def test_text_features_are_computed_once(clip, monkeypatch):
+    calls = []
+    honest = type(clip).encode_texts
+    monkeypatch.setattr(type(clip), "encode_texts", lambda self, texts: calls.append(texts) or honest(self, texts))
+    texts = [f"a picture of {number} stars" for number in range(3)]
+    first = clip.text_features(texts)
+    assert clip.text_features(tuple(texts)) is first
+    assert len(calls) == 1
+    assert not first.requires_grad
+    clip.text_features(texts[:2])
+    assert len(calls) == 2
+
+
+def test_text_features_follow_the_weights(clip):
+    own = copy.deepcopy(clip)
+    texts = ["a red star", "a blue fish"]
+    before = own.text_features(texts)
+    assert torch.equal(before, clip.text_features(texts))
+    with torch.no_grad():
+        own.network.text_projection.mul_(-1)
+    assert torch.allclose(own.text_features(texts), -before, atol=1e-6)
+
+
+def test_many_texts_go_in_parts(clip):
+    texts = [f"a photo of {number} things" for number in range(600)]
+    assert torch.allclose(clip.text_features(texts)[550:], clip.encode_texts(texts[550:]), atol=1e-5)
+
+
+def test_digest_names_the_weights(clip):
+    own = copy.deepcopy(clip)
+    assert clip.digest == own.digest == load(device="cpu").digest
+    assert len(clip.digest) == 16
+    with torch.no_grad():
+        own.network.visual.conv1.weight[0, 0, 0, 0] += 1e-3
+    changed = own.digest
+    assert changed != clip.digest
+    optimizer = torch.optim.AdamW(own.network.visual.requires_grad_(True).parameters(), lr=1e-3)
+    own.encode_images(torch.rand(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    assert own.digest not in (changed, clip.digest), "the digest of a model in training is never stale"
+
+
+def test_digest_covers_buffers(clip):
+    own = copy.deepcopy(clip)
+    name, buffer = next((n, b) for n, b in own.network.named_buffers() if n in own.network.state_dict())
+    buffer.add_(1)
+    assert own.digest != clip.digest, name
+
+
+def test_bfloat16(clip, images):
+    half = load(EMBEDDED, device="cpu", precision="bfloat16")
+    assert half.network.logit_scale.dtype == torch.bfloat16
+    assert torch.equal(half.mean, clip.mean), "pixel statistics stay exact"
+    exact, rough = (zero_shot(model, role("cifar10"))(images) for model in (clip, half))
+    assert rough.dtype == torch.float32
+    assert (exact.argmax(1) == rough.argmax(1)).float().mean() > 0.85
+    with pytest.raises(ValueError, match="unknown precision 'int8'; choose one of: float32, bfloat16, float16"):
+        load(EMBEDDED, precision="int8")
+
+
+def test_prompts_are_needed(clip):
+    with pytest.raises(ValueError, match="prompts is empty; give one text per class"):
+        ZeroShotClassifier(clip, [])
+
+
+# --- parity with open_clip's own way ----------------------------------------------------------------------------------
+
+
+def as_pictures(images: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+
+
+def test_open_clip_itself_loads_the_folder(clip, images, folder):
+    """Same pictures, same texts, without a line of ours: the features agree up to PIL's rounding to bytes."""
+    network, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    network.eval()
+    pixels = torch.stack([preprocess(picture) for picture in as_pictures(images)])
+    assert (pixels - clip.preprocess(images)).abs().max() < 2 / 255 / clip.std.min()
+    texts = role("cifar10").prompts
+    with torch.no_grad():
+        theirs = F.normalize(network.encode_image(pixels), dim=-1)
+        assert F.cosine_similarity(theirs, clip.encode_images(images)).min() > 0.98
+        tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+        words = F.normalize(network.encode_text(tokens), dim=-1)
+        assert torch.allclose(words, clip.encode_texts(texts), atol=1e-5)
+
+
+def test_save_and_load_round_trip(clip, images, folder):
+    again = load(folder, device="cpu")
+    assert again.digest == clip.digest
+    classifiers = (zero_shot(model, role("cifar10")) for model in (clip, again))
+    first, second = (classifier(images) for classifier in classifiers)
+    assert torch.equal(first, second)
+    assert again.name == str(folder)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_save_in_place_keeps_the_folder_whole(folder):
+    own = load(folder, device="cpu")
+    names = sorted(path.name for path in folder.iterdir())
+    with torch.no_grad():
+        own.network.logit_scale.add_(0.5)
+    save(own, folder)
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert load(folder, device="cpu").digest == own.digest
+
+
+def test_save_needs_a_configuration(clip, tmp_path):
+    nameless = models.Clip(copy.deepcopy(clip.network), clip.tokenizer, "from-the-network")
+    with pytest.raises(ValueError, match="'from-the-network' was not loaded from a folder"):
+        save(nameless, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def random_vit(tmp_path_factory):
+    """A ViT-B-32 of two layers a tower, randomly initialised, in open_clip's folder format."""
+    folder = tmp_path_factory.mktemp("vit")
+    config = open_clip.get_model_config("ViT-B-32")
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = open_clip.create_model("ViT-B-32", **config)
+    preprocess = {key: network.visual.preprocess_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    (folder / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file(network.state_dict(), folder / WEIGHTS)
+    return folder
+
+
+def test_a_vit_from_disk_classifies(random_vit):
+    clip = load(random_vit, device="cpu")
+    assert clip.image_size == (224, 224)
+    classifier = zero_shot(clip, role("cifar10"))
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 224, 224, generator=random, requires_grad=True)
+    logits = classifier(images)
+    assert logits.shape == (2, 10)
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), images)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{random_vit}", load_weights=False)
+    whole = (images.detach() * 255).round() / 255
+    theirs = torch.stack([preprocess(picture) for picture in as_pictures(whole)])
+    assert torch.allclose(clip.preprocess(whole), theirs, atol=1e-5)
+
+
+def test_pictures_of_any_size_are_resized(clip):
+    image = torch.linspace(0, 1, 64).repeat(1, 3, 64, 1)
+    assert clip.preprocess(image).shape[-2:] == clip.image_size
+    assert clip.encode_images(torch.rand(1, 3, 40, 56)).shape[0] == 1
+
+
+# --- names that lead nowhere ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tinyworld", "no/such/folder", "ViT-B-32", "nobody/nothing", ""])
+def test_unknown_names(name):
+    with pytest.raises(FileNotFoundError, match=r"no CLIP called .*Give 'tinyworld-clip', a folder .* 'hf-hub:"):
+        load(name)
+
+
+@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
+def test_missing_files(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{missing}' does not exist"):
+        load(folder)
+
+
+def test_missing_tokenizer(folder):
+    for path in folder.iterdir():
+        if path.name not in (CONFIG, WEIGHTS):
+            path.unlink()
+    with pytest.raises(ValueError, match=r"cannot read the CLIP in .*restore or retrain it"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"model_cfg": {}}', '{"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}}']
+)
+def test_corrupt_configuration(folder, text):
+    (folder / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=r"cannot read the CLIP in .*restore or retrain it"):
+        load(folder)
+
+
+def test_corrupt_weights(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cannot read the CLIP in .*restore or retrain it"):
+        load(folder)
+
+
+def test_weights_of_another_model(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights.popitem()
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="cannot read the CLIP"):
+        load(folder)
+
+
+def test_unknown_weights_of_a_known_architecture():
+    with pytest.raises(ValueError, match=r"knows no 'ViT-B-32' weights 'openia'; choose one of: .*openai"):
+        load("ViT-B-32/openia")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network, and nothing in the hub's cache."""
+    import huggingface_hub.constants
+    import huggingface_hub.file_download
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32/openai", "hf-hub:nobody/nothing"])
+def test_offline(offline, monkeypatch, tmp_path, name):
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", refuse)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_url", refuse)
+    with pytest.raises(OSError, match=f"could not fetch '{name}' .*connect to the network, or put a copy"):
+        load(name)
+
+
+def refuse(*_, **__):
+    raise OSError("no network")
+
+
+def test_a_hub_model_without_weights_is_an_error(clip, monkeypatch):
+    """open_clip would log a warning and go on with random weights."""
+    config = json.loads((clip.folder / CONFIG).read_text())
+    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: config)
+    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", refuse)
+    with pytest.raises(OSError, match="could not fetch 'hf-hub:org/model'"):
+        load("hf-hub:org/model")
+
+
+def test_a_hub_model_in_the_cache_loads(clip, monkeypatch):
+    """What the hub's cache returns is used: configuration, weights and tokenizer files."""
+    config = json.loads((clip.folder / CONFIG).read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(clip.folder)
+    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: copy.deepcopy(config))
+    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", lambda *_, **__: str(clip.folder / WEIGHTS))
+    own = load("hf-hub:org/model", device="cpu")
+    assert own.digest == clip.digest
+    assert own.name == "hf-hub:org/model"
+    assert own.folder is None
+
+
+@pytest.mark.parametrize(
+    ("name", "quick"), [("ViT-B-32/openai", True), ("ViT-B-32/laion400m_e32", True), ("ViT-B-32/laion2b_e16", False)]
+)
+def test_activation_follows_the_weights(monkeypatch, name, quick):
+    """Weights trained with QuickGELU are computed with it: open_clip only warns about the mismatch."""
+    asked = {}
+
+    def create(architecture, **options):
+        asked.update(options, architecture=architecture)
+        raise OSError("stop here")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    with pytest.raises(OSError, match="stop here"):
+        load(name)
+    assert asked["force_quick_gelu"] is quick
+    assert (asked["architecture"], asked["pretrained"]) == tuple(name.split("/"))
+
+
+def test_a_folder_goes_before_an_architecture(clip, tmp_path, monkeypatch):
+    """A local folder that happens to be called like an open_clip pair."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(clip.folder, tmp_path / "ViT-B-32" / "openai")
+    assert load("ViT-B-32/openai", device="cpu").digest == clip.digest
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def test_pick_device():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x"])
+def test_devices_that_do_not_exist(name):
+    with pytest.raises(ValueError, match=f"cannot compute on device '{name}' .*; use auto, cpu, or cuda with a GPU"):
+        pick_device(name)
+
+
+def test_auto_takes_the_gpu(monkeypatch):
+    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda n, device: {"cuda": gpu}[device])
+    assert pick_device("auto") == gpu.device
