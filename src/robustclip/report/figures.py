@@ -55,11 +55,11 @@ class Picture:
 
     def _repr_html_(self) -> str:
         """Return an image that shrinks with the page; the class "dark-light" keeps themes from recoloring it."""
-        below = f"<figcaption>{'<br>'.join(map(escape, self.notes))}</figcaption>" * bool(self.notes)
         return (
-            f'<figure class="robustclip-figure" style="margin:0"><img class="dark-light" alt="{escape(self.alt)}" '
+            f'<div class="robustclip-figure-wrap"><img class="robustclip-figure dark-light" alt="{escape(self.alt)}" '
             f'width="{self.width}" style="max-width:100%;height:auto;background:#fff;border-radius:3px;padding:0" '
-            f'src="data:image/{self.kind};base64,{b64encode(self.data).decode()}">{below}</figure>'
+            f'src="data:image/{self.kind};base64,{b64encode(self.data).decode()}">'
+            f'<p class="robustclip-figure-note">{"<br>".join(map(escape, self.notes))}</p></div>'
         )
 
     def __repr__(self) -> str:
@@ -135,8 +135,9 @@ def image_grid(images: Tensor, titles: Sequence[str] = (), columns: int = 6, siz
     lines = [textwrap.fill(title, round(14 * size)) for title in titles] or [""] * count
     head = GAP + 0.15 * max(line.count("\n") + 1 for line in lines) * bool(titles)
     down, tall = -(-count // across), size * images.shape[2] / images.shape[3]
-    height, width = down * (tall + head), across * (size + GAP) - GAP
-    room = {"left": 0, "right": 1, "bottom": 0, "top": 1 - head / height, "wspace": GAP / size, "hspace": head / tall}
+    height, width = down * (tall + head) + GAP, across * (size + GAP) + GAP
+    room = {"left": GAP / width, "right": 1 - GAP / width, "bottom": GAP / height, "top": 1 - head / height}
+    room |= {"wspace": GAP / size, "hspace": head / tall}
     smooth = "nearest" if images.shape[3] < 2 * INCH * size else "antialiased"
     with style():
         figure = Figure(figsize=(width, height), layout="none")
