@@ -99,7 +99,7 @@ def comparison(frame: pd.DataFrame, results: pd.DataFrame, caption: str = "Paper
     lines = []
     for record in frame.to_dict("records"):
         exact = "" if pd.isna(record["printed"]) else f"{record['printed']:.2f}".removesuffix("0")
-        printed = Entry(words.text_of("printed", exact) + _mark(record.get("grade")), record["printed"])
+        printed = Entry(words.text_of("printed", exact) + _mark(record.get("grade")), exact)
         reference = _number({"reference": record.get("reference")}, "reference")
         labels = (_label(name, record[name]) for name in down)
         lines.append((*labels, printed, reference, _number(record, "ours", "range")))
