@@ -99,11 +99,11 @@ def frozen(classifier: Classifier):
             module.training = True
 
 
-def input_gradient(loss: Tensor, images: Tensor) -> Tensor:
-    """Gradient of `loss` at `images`; one that is missing or not a number would fake robustness, so it is an error."""
-    if not loss.requires_grad:
+def input_gradient(losses: Tensor, images: Tensor) -> Tensor:
+    """Gradient of each image's loss; one that is missing or not a number would fake robustness, so it is an error."""
+    if not losses.requires_grad:
         raise ValueError("the classifier's logits carry no gradient; remove no_grad or detach from its forward pass")
-    (gradient,) = torch.autograd.grad(loss, images)
+    (gradient,) = torch.autograd.grad(losses, images, torch.ones_like(losses))
     if gradient.isnan().any():
         raise ValueError("the classifier's gradient contains NaN; look for square roots or divisions at zero in it")
     return gradient
@@ -225,7 +225,7 @@ class PGD(Attack):
             broken[rows[now]] = True
             if step == self.steps or now.all():
                 break
-            gradient, stay = input_gradient(loss.sum(), current), ~now
+            gradient, stay = input_gradient(loss, current), ~now
             rows, moved = rows[stay], current.detach()[stay] + step_size * norm.ascend(gradient[stay])
             origin = images[rows]
             current = (origin + norm.project(moved - origin, self.eps)).clamp(0, 1)
@@ -240,6 +240,6 @@ class FGSM(Attack):
         """x + eps sign(grad_x CE(f(x), y)), clipped to the pixel range."""
         images = images.detach().requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(classifier(images), labels, reduction="sum")
+            loss = F.cross_entropy(classifier(images), labels, reduction="none")
         gradient = input_gradient(loss, images)
         return (images.detach() + self.eps * gradient.sign()).clamp(0, 1)
