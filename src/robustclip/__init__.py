@@ -1,0 +1,1 @@
+"""Robust CLIP, Reproduced: the attack, training and defense code behind the book."""

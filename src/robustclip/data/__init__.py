@@ -1,0 +1,1 @@
+"""Images and words: Tinyworld, the table of roles, and loaders of real data sets."""
