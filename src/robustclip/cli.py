@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Attacks on CLIP and defenses against them, measured cell by cell.",
-    epilog="Start with: robustclip run --role cifar10     Then: robustclip COMMAND --help",
+    epilog="Start with `robustclip run --role cifar10`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,12 +50,8 @@ def _exit_code(code: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        _fail(str(error), code)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code)
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(code) from error
 
 
 def _select(scale: str, models: Sequence[str], shard: str, device: str, **options: Any) -> "list[Cell]":
@@ -69,15 +65,23 @@ def _select(scale: str, models: Sequence[str], shard: str, device: str, **option
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     cells = study.grid(chosen, specs, **given)
     part, _, parts = shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise ValueError(f"shard={shard!r} is not allowed; write i/n with i from 1 to n, like 2/4")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) <= len(cells)):
+        raise ValueError(f"shard={shard!r} is not allowed; write i/n with 1 <= i <= n <= {len(cells)}, like 2/4")
     return cells[int(part) - 1 :: int(parts)]
 
 
-def _show(frame: "pd.DataFrame", columns: Sequence[str]) -> None:
-    """Print some columns of a table, eps in 1/255."""
+def _show(frame: "pd.DataFrame", columns: Sequence[str], as_json: bool) -> None:
+    """Print a table: everything as JSON, or some columns for people, eps in 1/255."""
+    if as_json:
+        typer.echo(json.dumps(_records(frame), indent=1))
+        return
     frame = frame.assign(eps=[f"{255 * eps:g}/255" if eps else "" for eps in frame["eps"]])
     typer.echo(frame.to_string(columns=list(columns), index=False, na_rep="?", float_format="{:.1f}".format))
+
+
+def _records(frame: "pd.DataFrame") -> list[dict]:
+    """The rows as JSON knows them: numbers in full, None for what is missing."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 @app.command()
@@ -112,10 +116,7 @@ def run(
 
     with _exit_code(1):
         results = evaluate(cells, store, device, batch_size)
-    if as_json:
-        typer.echo(results.to_json(orient="records", indent=1))
-    else:
-        _show(results, (*CELL, "accuracy", "low", "high", "source", "stale"))
+    _show(results, (*CELL, "accuracy", "low", "high", "source", "stale"), as_json)
 
 
 @app.command()
@@ -145,14 +146,13 @@ def plan(
 
     with _exit_code(1):
         costs = study.plan(cells, store, device)
-    if as_json:
-        typer.echo(costs.to_json(orient="records", indent=1))
-        return
-    _show(costs, (*CELL, "forward", "backward", "seconds", "megabytes"))
-    known, unknown = costs["megabytes"].sum() / 1e3, costs["megabytes"].isna().sum()
-    typer.echo(f"\n{len(costs)} cells, {costs['forward'].sum():,} image passes forward and {costs['backward'].sum():,} "
-               f"backward, {costs['seconds'].sum() / 3600:.2g} hours (speed {', '.join(costs['estimate'].unique())}), "
-               f"{known:.3g} GB to download" + f" and {unknown} sets of unknown size" * bool(unknown))  # fmt: skip
+    _show(costs, (*CELL, "forward", "backward", "seconds", "megabytes"), as_json)
+    if not as_json:
+        forward, backward, seconds, megabytes = costs[["forward", "backward", "seconds", "megabytes"]].sum()
+        known, unknown = ", ".join(costs["estimate"].unique()), costs["megabytes"].isna().sum()
+        typer.echo(f"\n{len(costs)} cells, {forward:,.0f} image passes forward and {backward:,.0f} backward,")
+        typer.echo(f"{seconds / 3600:.2g} hours (speed {known}), {megabytes / 1e3:.3g} GB to download", nl=False)
+        typer.echo(f" and {unknown} sets of unknown size" * bool(unknown))
 
 
 @app.command()
@@ -165,8 +165,7 @@ def export(
     from robustclip import study
 
     with _exit_code(1):
-        for path in study.export(scale, store, out):
-            typer.echo(str(path))
+        typer.echo("\n".join(map(str, study.export(scale, store, out))))
 
 
 @app.command()
@@ -196,10 +195,10 @@ def reproduce(
     jobs = [job for job in jobs if fnmatch(job.name, notebook)]
     failures = execute.run_all([job for job in jobs if force or not job.is_done()])
     with _exit_code(1):
-        written = study.export(Path(scale).stem)
-    typer.echo(f"{len(jobs) - len(failures)} of {len(jobs)} notebooks done, {len(written)} tables in results")
-    if failures:
-        _fail("\n\n".join(failures), 1)
+        tables = len(study.export(Path(scale).stem))
+        typer.echo(f"{len(jobs) - len(failures)} of {len(jobs)} notebooks done, {tables} tables in results")
+        if failures:
+            raise ValueError("\n\n".join(failures))
 
 
 @app.command()
@@ -210,19 +209,14 @@ def status(store: Folder = None, as_json: Machine = False) -> None:
     found = study.Store(store)
     files, about = found.status(), {"store": str(found.root), "code": study.code_digest(), **study.versions()}
     if as_json:
-        typer.echo(json.dumps(about | {"files": json.loads(files.to_json(orient="records"))}, indent=1))
+        typer.echo(json.dumps(about | {"files": _records(files)}, indent=1))
         return
     typer.echo("  ".join(f"{name} {value}" for name, value in about.items()))
     for (scale, state), group in files.groupby(["scale", "state"]):
         typer.echo(f"{scale}: {len(group)} {state}")
-    for problem in files["problem"][files["problem"] != ""]:
-        typer.echo(problem)
+    typer.echo("\n".join(filter(None, files["problem"])))
 
 
 def main() -> None:
     """Entry point of the `robustclip` command."""
     app(prog_name="robustclip")
-
-
-if __name__ == "__main__":
-    main()

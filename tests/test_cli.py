@@ -1,0 +1,229 @@
+"""The command line: selections, output, exit codes, and what it leaves alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from robustclip.cli import app
+from robustclip.study import Store, grid, plan, scale
+
+SMALL = """
+source = "tinyworld"
+reference_eps = "8/255"
+images = 12
+batch_size = 6
+recompute_stale = true
+roles = ["cifar10", "dtd"]
+steps = { "PGD-100" = 2 }
+[models]
+clip = "tinyworld-clip"
+"""
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Run the command in an empty folder with a small scale; returns the finished call."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROBUSTCLIP_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "small.toml").write_text(SMALL)
+    return lambda *arguments: CliRunner().invoke(app, arguments, prog_name="robustclip")
+
+
+def test_help_is_quick_and_teaches():
+    code = "import sys; sys.argv = ['robustclip', 'run', '--help']\nfrom robustclip import cli\ntry:\n    cli.main()\n"
+    code += "finally:\n    assert not {'torch', 'pandas', 'numpy'} & set(sys.modules), 'imported too much'\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "src"})
+    assert done.returncode == 0, done.stderr
+    assert "robustclip run --role cifar10 --role imagenet --attack clean --attack PGD-20" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "export", "reproduce", "status"])
+def test_every_command_explains_itself(call, command):
+    done = call(command, "--help")
+    assert done.exit_code == 0
+    assert f"robustclip {command}" in done.stdout
+    assert command in call("--help").stdout
+
+
+def test_run_measures_and_takes_finished_cells_from_the_store(call, tmp_path):
+    arguments = ("run", "--scale", "small.toml", "--role", "cifar10", "--attack", "clean", "--attack", "FGSM",
+                 "--eps", "4/255", "--eps", "8/255", "--n", "8")  # fmt: skip
+    shown = call(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert len(shown.stdout.splitlines()) == 4
+    assert "4/255" in shown.stdout
+    first, second = (json.loads(call(*arguments, "--json").stdout) for _ in range(2))
+    assert first == second
+    assert [row["attack"] for row in first] == ["clean", "FGSM", "FGSM"]
+    assert [row["eps"] for row in first] == [0, 4 / 255, 8 / 255]
+    assert {row["n"] for row in first} == {8}
+    assert len(list((tmp_path / "runs" / "small").iterdir())) == 3
+
+
+def test_shards_are_the_grid_cut_in_parts(call):
+    def keys(*arguments):
+        done = call("run", "--scale", "small.toml", "--attack", "clean", "--attack", "noise", "--json", *arguments)
+        return [row["key"] for row in json.loads(done.stdout)]
+
+    whole = keys()
+    parts = [keys("--shard", f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(key for part in parts for key in part) == sorted(whole)
+    assert len(whole) == 4
+
+
+def test_a_model_may_be_a_folder_and_the_store_another(call, tmp_path, root):
+    folder = root / "src" / "robustclip" / "assets" / "tinyworld-clip"
+    done = call("run", "--scale", "small.toml", "--role", "dtd", "--attack", "clean", "--model", str(folder),
+                "--store", "elsewhere", "--json")  # fmt: skip
+    assert json.loads(done.stdout)[0]["model"] == str(folder)
+    assert len(list((tmp_path / "elsewhere" / "small").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--role", "cifar11"], "unknown role at scale small 'cifar11'; choose one of: cifar10, dtd"),
+        (["--scale", "huge"], "unknown scale 'huge'"),
+        (["--scale", "gone.toml"], "no file 'gone.toml'"),
+        (["--attack", "PDG-20"], "unknown attack 'PDG-20'"),
+        (["--attacker", "psychic"], "unknown attacker 'psychic'; choose one of: blind, aware"),
+        (["--eps", "-1/255"], "eps=-0.0039"),
+        (["--eps", "300/255"], "eps=1.17"),
+        (["--eps", "small"], "eps='small' is not a number; write it like 8/255"),
+        (["--n", "0"], "n=0"),
+        (["--shard", "3/2"], "shard='3/2'"),
+        (["--shard", "0/2"], "shard='0/2'"),
+        (["--shard", "all"], "shard='all'"),
+        (["--shard", "5/5"], "shard='5/5' is not allowed; write i/n with 1 <= i <= n <= 4"),
+        (["--device", "abacus"], "device"),
+        (["--batch-size", "0"], "batch-size"),
+        (["--n", "many"], "--n"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_one_line(call, tmp_path, arguments, message):
+    for command in ("run", "plan"):
+        if command == "plan" and "--batch-size" in arguments:
+            continue
+        done = call(command, *(["--scale", "small.toml"] if "--scale" not in arguments else []), *arguments)
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.output
+        assert done.stdout == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failure_on_the_way_is_exit_code_1_and_keeps_what_is_done(call, tmp_path):
+    selection = ("run", "--scale", "small.toml", "--role", "cifar10", "--attack", "clean")
+    assert call(*selection).exit_code == 0
+    (path,) = (tmp_path / "runs" / "small").iterdir()
+    missing = call(*selection, "--model", "clip", "--model", "no/such/folder")
+    assert missing.exit_code == 1
+    assert "no/such/folder" in missing.stderr
+    assert "Traceback" not in missing.output
+    path.write_text("{")
+    corrupt = call(*selection)
+    assert corrupt.exit_code == 1
+    assert f"mv {path} {path}.bad" in corrupt.stderr
+    assert path.read_text() == "{"
+    assert call("plan", *selection[1:]).exit_code == 1
+    assert call("export", "--scale", "small").exit_code == 1
+
+
+def test_plan_spends_nothing(call, tmp_path):
+    done = call("plan", "--scale", "small.toml")
+    assert done.exit_code == 0, done.output
+    costs = plan(grid("small.toml"))
+    assert f"4 cells, {costs['forward'].sum():,} image passes forward" in done.stdout
+    assert not (tmp_path / "runs").exists()
+    rows = json.loads(call("plan", "--scale", "paper", "--role", "cifar10", "--role", "busi", "--json").stdout)
+    assert [row["megabytes"] for row in rows][1] == 0
+    assert "1 sets of unknown size" in call("plan", "--scale", "paper", "--role", "cifar10", "--role", "busi").stdout
+
+
+def test_export_writes_what_was_measured(call, tmp_path):
+    call("run", "--scale", "small.toml", "--attack", "clean")
+    done = call("export", "--scale", "small", "--out", "tables")
+    assert done.stdout.split() == ["tables/small/cifar10.csv", "tables/small/dtd.csv"]
+    assert (tmp_path / "tables/small/dtd.csv").read_text().startswith("scale,model,role,dataset,source,attack")
+
+
+def test_status_counts_states_and_names_problems(call, tmp_path):
+    call("run", "--scale", "small.toml", "--role", "dtd")
+    bad = tmp_path / "runs" / "small" / "bad.json"
+    bad.write_text("?")
+    done = call("status")
+    assert "small: 2 done" in done.stdout
+    assert "small: 1 corrupt" in done.stdout
+    assert f"mv {bad}" in done.stdout
+    about = json.loads(call("status", "--json").stdout)
+    assert len(about["files"]) == 3
+    assert about["torch"]
+    assert about["code"]
+    assert Store(about["store"]).root == tmp_path / "runs"
+
+
+EXECUTE = '''
+"""Stands in for tools/execute.py: the same functions, no kernel."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass
+class Job:
+    name: str
+    out: Path
+    parameters: dict
+
+    def is_done(self):
+        return self.out.exists()
+
+def plan(out, parameters):
+    return [Job(f"book/{name}.ipynb", out / name, parameters) for name in ("good", "bad")]
+
+def run_all(jobs):
+    for job in jobs:
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        with Path("log").open("a") as log:
+            log.write(job.name + json.dumps(job.parameters) + "\\n")
+        if "bad" not in job.name:
+            job.out.touch()
+    return ["book/bad.ipynb: it broke" for job in jobs if "bad" in job.name]
+'''
+
+
+def test_reproduce_runs_what_is_not_done_and_exports(call, tmp_path, monkeypatch):
+    outside = call("reproduce", "--scale", "quick")
+    assert outside.exit_code == 2
+    assert "clone of the repository" in outside.stderr
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "execute.py").write_text(EXECUTE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "execute", raising=False)
+    call("run", "--scale", "small.toml", "--role", "dtd", "--attack", "clean")
+    good = call("reproduce", "--scale", "small.toml", "--notebook", "*good*")
+    assert (good.exit_code, good.stdout) == (0, "1 of 1 notebooks done, 1 tables in results\n")
+    assert (tmp_path / "results" / "small" / "dtd.csv").exists()
+    both = call("reproduce", "--scale", "small.toml")
+    assert both.exit_code == 1
+    assert "1 of 2 notebooks done" in both.stdout
+    assert "it broke" in both.stderr
+    call("reproduce", "--scale", "small.toml", "--notebook", "*good*", "--force")
+    assert (tmp_path / "log").read_text().splitlines() == [
+        f'book/{name}.ipynb{{"scale": "small.toml"}}' for name in ("good", "bad", "good")
+    ]
+    assert call("reproduce", "--scale", "huge").exit_code == 2
+    monkeypatch.delitem(sys.modules, "execute")
+
+
+def test_the_books_runner_has_what_reproduce_calls(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    monkeypatch.delitem(sys.modules, "execute", raising=False)
+    execute = __import__("execute")
+    jobs = execute.plan(root / "_build" / "nowhere", {"scale": scale("quick").name})
+    assert all(job.name.startswith("book/") and not job.is_done() for job in jobs)
+    assert execute.run_all([]) == []
+    monkeypatch.delitem(sys.modules, "execute")
