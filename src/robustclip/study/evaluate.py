@@ -29,8 +29,6 @@ COLUMNS = [
     *("accuracy", "low", "high", "seconds", "forward", "backward", "stale"),
     *("checkpoint", "data", "code", "device", "date", "commit", "key"),
 ]
-ORDER = ["role", "model", "defense", "attacker", "attack", "eps", "seed", "n", "key"]
-COST = ("seconds", "forward", "backward")
 Where = Store | str | Path | None  # of results: a store, its folder, or the default one
 
 
@@ -72,7 +70,7 @@ class Bench:
     """Models, samples and blind adversarial images of one call to `evaluate`, each made once."""
 
     def __init__(self, device: str) -> None:
-        self.device = str(models.pick_device(device))
+        self.device = models.pick_device(device)
         self._clips: dict[Any, CountingClip] = {}
         self._samples: dict[tuple, Samples] = {}
         self._blind: dict[tuple, dict[int, tuple[Tensor, np.ndarray]]] = {}
@@ -81,8 +79,12 @@ class Bench:
         """The CLIP of a cell: objects are taken as they are, names and folders are loaded."""
         name = str(spec) if isinstance(spec, str | Path) else spec
         if name not in self._clips:
-            self._clips[name] = CountingClip(models.load(name, self.device) if isinstance(name, str) else spec)
+            self._clips[name] = CountingClip(models.load(name, str(self.device)) if isinstance(name, str) else spec)
         return self._clips[name]
+
+    def place(self, cell: Cell) -> torch.device:
+        """Where the cell's images go: to its CLIP, which stays where it is."""
+        return torch.device(getattr(self.clip(cell.spec), "device", self.device))
 
     def samples(self, cell: Cell) -> Samples:
         """The images of a cell; only those of the latest role are kept."""
@@ -140,9 +142,7 @@ def outcomes(row: Mapping[str, Any], store: Where = None) -> np.ndarray:
     """Per-image outcomes (n,) bool of one row of `evaluate`, for paired tests on the same images."""
     record = Store.of(store).entry(row["scale"], row["key"]).read()
     if record is None:
-        raise FileNotFoundError(
-            f"no result {row['key']!r} of scale {row['scale']!r} in {store}; evaluate the cell first"
-        )
+        raise FileNotFoundError(f"no result {row['key']!r} in {Store.of(store)!r}; evaluate its cell first")
     return np.array([outcome == "1" for outcome in record["correct"]])
 
 
@@ -152,7 +152,7 @@ def export(scale: str, store: Where = None, folder: str | Path = "results") -> l
     written = []
     for name, table in rows.groupby("role"):
         written.append(check_folder(Path(folder) / scale) / f"{name}.csv")
-        table.sort_values(ORDER).to_csv(written[-1], index=False, lineterminator="\n")
+        table.sort_values(COLUMNS[:12], kind="stable").to_csv(written[-1], index=False, lineterminator="\n")
     return written
 
 
@@ -164,18 +164,17 @@ def _measure(cell: Cell, bench: Bench, entry: Entry, batch_size: int) -> dict:
     first, n = sum(len(batch["predicted"]) for batch in done), len(bench.samples(cell).labels)
     for start in progress(range(first, n, batch_size), f"{cell.model} {cell.role} {cell.attack_name}", unit="batch"):
         predicted, cost = _batch(cell, bench, base, defended, slice(start, start + batch_size))
-        done.append(
-            {"code": code_digest(), "cell": cell.describe(), "start": start, "predicted": predicted, "cost": cost}
-        )
-        entry.append(done[-1])
+        batch = {"code": code_digest(), "cell": cell.describe(), "start": start, "predicted": predicted, "cost": cost}
+        entry.append(batch)
+        done.append(batch)
     return entry.write(_record(cell, bench, done))
 
 
 def _batch(cell: Cell, bench: Bench, base: nn.Module, defended: Callable, rows: slice) -> tuple[list[int], list[float]]:
     """Predicted labels of one batch after the attack, and what attack and prediction cost."""
-    clip, samples, spent = bench.clip(cell.spec), bench.samples(cell), np.zeros(len(COST))
-    images = check_images(samples.images[rows]).to(bench.device)
-    labels = check_labels(samples.labels[rows], len(base.prompts), len(images)).to(bench.device)
+    clip, samples, spent = bench.clip(cell.spec), bench.samples(cell), np.zeros(3)
+    images = check_images(samples.images[rows]).to(bench.place(cell))
+    labels = check_labels(samples.labels[rows], len(base.prompts), len(images)).to(images.device)
     if cell.attack and cell.attacker == "aware":
         images, spent = clip.timed(lambda: cell.attack(defended, images, labels))
     elif cell.attack:
@@ -209,7 +208,7 @@ def _record(cell: Cell, bench: Bench, batches: list[dict]) -> dict:
         "code": code_digest(),
         "commit": commit(),
         "versions": versions(),
-        "device": device_name(bench.device),
+        "device": device_name(bench.place(cell)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -222,10 +221,10 @@ def _row(cell: dict, record: dict) -> dict:
     return cell | kept | {"n": n, "accuracy": accuracy, "low": low, "high": high, "stale": stale}
 
 
-def device_name(device: str) -> str:
+def device_name(device: torch.device) -> str:
     """What results say they were measured on: "NVIDIA H100", "cpu (2 threads)"."""
-    cuda = device.startswith("cuda")
-    return torch.cuda.get_device_name(device) if cuda else f"{device} ({torch.get_num_threads()} threads)"
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
@@ -247,15 +246,15 @@ def plan(cells: Iterable[Cell], store: Where = None, device: str = "auto") -> pd
         forward, backward = _passes(cell)
         rows.append(cell.describe() | {
             "forward": forward, "backward": backward, "seconds": (forward + backward) / speed, "estimate": estimate,
-            "megabytes": _megabytes(cell) if cell.role not in seen else 0.0,
+            "megabytes": 0.0 if cell.role in seen or cell.scale.source != "paper" else _megabytes(cell.role),
         })  # fmt: skip
         seen.add(cell.role)
     return pd.DataFrame(rows)
 
 
-def _megabytes(cell: Cell) -> float:
-    """Size of the download of the cell's data set, NaN if unknown."""
-    return role(cell.role).paper.get("bytes", math.nan) / 1e6 if cell.scale.source == "paper" else 0.0
+def _megabytes(name: str) -> float:
+    """Size of the download of a role's data set, NaN if unknown."""
+    return role(name).paper.get("bytes", math.nan) / 1e6
 
 
 def _passes(cell: Cell) -> tuple[int, int]:
@@ -275,14 +274,14 @@ def _speed(cell: Cell, bench: Bench, store: Store) -> tuple[float, str]:
         passes, seconds = np.sum(known, axis=0)
         return passes / max(seconds, 1e-3), "records"
     if not isinstance(cell.spec, str) or cell.spec == models.EMBEDDED or Path(cell.spec).expanduser().is_dir():
-        return _try(bench.clip(cell.spec), bench.device), "measured"
+        return _try(bench.clip(cell.spec), bench.place(cell)), "measured"
     return (cell.scale.assumed_speed, "assumed") if cell.scale.assumed_speed else (math.nan, "unknown")
 
 
-def _try(clip: CountingClip, device: str) -> float:
+def _try(clip: CountingClip, device: torch.device) -> float:
     """Image passes a second of forward and backward through the image tower on gray pictures, after one to warm up."""
     images = torch.full((32, 3, *getattr(clip, "image_size", (32, 32))), 0.5, device=device, requires_grad=True)
-    spent = np.zeros(len(COST))
+    spent = np.zeros(3)
     for turn in range(100):
         _, cost = clip.timed(lambda: torch.autograd.grad(clip.encode_images(images).sum(), images)[0])
         spent += cost if turn else 0
