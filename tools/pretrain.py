@@ -15,7 +15,7 @@ import torch
 from robustclip import models
 from robustclip.attacks import PGD, UniformNoise
 from robustclip.data.roles import role, tinyworld_samples
-from robustclip.study.statistics import wilson
+from robustclip.study import scale, wilson
 from robustclip.training import pretrain
 from robustclip.training.adversarial import AdversarialFineTuning
 
@@ -43,8 +43,8 @@ run of PGD-20 on the undefended model. A retrained model falls into these interv
 |---|---|---|---|---|
 {rows}
 
-Can it be made robust? A trial of adversarial fine-tuning (image tower only, {trial_steps} updates of {trial_batch} pictures,
-PGD-{trial_attack} at eps = {eps:g}/255), on the same test pictures:
+Can it be made robust? A trial of adversarial fine-tuning (image tower only, {trial_steps} updates of {trial_batch}
+pictures, PGD-{trial_attack} at eps = {eps:g}/255), on the same test pictures:
 
 | role | model | clean | PGD-20 |
 |---|---|---|---|
@@ -58,7 +58,7 @@ MLM_CARD = """# tinyworld-mlm
 
 A small BERT masked language model over the captions of Tinyworld. Text attacks use it to propose words.
 
-- Architecture: BERT, {layers} layers of width {width}, {parameters:,} parameters; the vocabulary is that of tinyworld-clip.
+- Architecture: BERT, {layers} layers of width {width}, {parameters:,} parameters; the vocabulary of tinyworld-clip.
 - Data: {sentences:,} captions; 15 % of the words hidden as in BERT.
 - Optimiser: AdamW, peak learning rate 2e-3, {steps:,} batches of 256, {seconds:,} s on {device}.
 - Command: `python tools/pretrain.py mlm`.
@@ -147,7 +147,6 @@ def main() -> None:
     parser.add_argument("model", choices=STEPS)
     parser.add_argument("--out", type=Path, help="folder to write (default: the embedded model)")
     parser.add_argument("--steps", type=int, help="batches of 256 (default: those of the embedded model)")
-    parser.add_argument("--eps", type=float, default=8, help="budget of the card's attack, in 1/255")
     parser.add_argument("--card", action="store_true", help="only measure the model that is there and rewrite its card")
     arguments = parser.parse_args()
     out = arguments.out or ASSETS / f"tinyworld-{arguments.model}"
@@ -158,7 +157,7 @@ def main() -> None:
             (Path(scratch) / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
             shutil.copytree(scratch, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     run = json.loads((out / "training.json").read_text(encoding="utf-8"))
-    (out / "README.md").write_text(card(arguments.model, out, run, arguments.eps / 255), encoding="utf-8")
+    (out / "README.md").write_text(card(arguments.model, out, run, scale("full").reference_eps), encoding="utf-8")
 
 
 if __name__ == "__main__":

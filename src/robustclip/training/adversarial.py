@@ -20,15 +20,15 @@ from robustclip.progress import progress
 class AdversarialFineTuning:
     """min over the image tower of E[ max over |delta| <= eps of CE(f(x + delta), y) ], the max by a few PGD steps.
 
-    Updates use the statistics of the attacked batch, attacks and the tuned model the running ones, so that an image's
-    logits never depend on its neighbors.
+    Batch statistics stay frozen, so an image's logits never depend on its neighbors. The learning rate rises and falls
+    once, and the budget grows linearly to its full size over the first three tenths of the updates.
     """
 
     eps: float
-    steps: int = 400  # updates
+    steps: int = 600  # updates
     attack_steps: int = 3
     batch_size: int = 128
-    peak: float = 1e-3  # learning rate, falls linearly to zero
+    peak: float = 2e-3  # learning rate at its highest
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,20 +41,22 @@ class AdversarialFineTuning:
         """A tuned copy of `clip`; `images` (n, 3, h, w) are uint8 or float training pictures, `labels` (n,)."""
         tuned = copy.deepcopy(clip)
         classifier = ZeroShotClassifier(tuned, prompts)
-        tower = tuned.network.visual.requires_grad_(True).train()
+        tower = tuned.network.visual.requires_grad_(True)
         optimizer = torch.optim.AdamW(tower.parameters(), lr=self.peak, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.peak, self.steps + 1, pct_start=0.2)
         order = torch.Generator().manual_seed(self.seed)
         for step in progress(range(self.steps), "adversarial fine-tuning", total=self.steps):
             rows = torch.randint(len(images), (self.batch_size,), generator=order)
             batch, target = _pixels(images[rows]).to(tuned.device), labels[rows].to(tuned.device)
             noise = torch.rand(batch.shape, generator=order).to(batch) * 2 - 1
-            attacked = inner_maximum(classifier, batch, target, self.eps, self.attack_steps, noise)
+            eps = self.eps * min(1, (step + 1) / (0.3 * self.steps))
+            attacked = inner_maximum(classifier, batch, target, eps, self.attack_steps, noise)
             loss = F.cross_entropy(classifier(attacked), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.param_groups[0]["lr"] = self.peak * (1 - step / self.steps)
             optimizer.step()
-        return tuned.eval().requires_grad_(False)
+            schedule.step()
+        return tuned.requires_grad_(False)
 
 
 def inner_maximum(
