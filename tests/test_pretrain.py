@@ -1,0 +1,239 @@
+"""Training the embedded models from nothing: the losses, the stream, and folders that their libraries load."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from robustclip import models
+from robustclip.data import tinyworld
+from robustclip.data.grammar import SPECIAL_TOKENS, Speaker, vocabulary
+from robustclip.data.tinyworld import ANY, is_held_out
+from robustclip.training import pretrain
+from robustclip.training.pretrain import contrastive_loss, fits, learning_rate, mask_tokens
+
+models._torchvision.prepare()
+from open_clip.loss import ClipLoss  # noqa: E402  torchvision has to be prepared first
+
+WORDS = len(vocabulary())
+MASK = SPECIAL_TOKENS.index("[MASK]")
+
+
+def unit_rows(n: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+# --- the contrastive loss ---------------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(2, 12), seed=st.integers(0, 1000), scale=st.floats(1, 100))
+@settings(max_examples=30, deadline=None)
+def test_loss_is_that_of_clip_when_captions_fit_one_picture(n, seed, scale):
+    images, texts, scale = unit_rows(n, seed), unit_rows(n, seed + 1), torch.tensor(scale)
+    assert torch.allclose(contrastive_loss(images, texts, scale, torch.eye(n)), ClipLoss()(images, texts, scale))
+
+
+def test_loss_spreads_targets_over_all_that_fit():
+    """Checked against the sums written out."""
+    images, texts, scale = unit_rows(3, 1), unit_rows(3, 2), 5.0
+    fit = torch.tensor([[1.0, 1, 0], [0, 1, 0], [0, 1, 1]])
+    logits = (scale * images @ texts.T).tolist()
+    total = 0.0
+    for matrix, true in ((logits, fit.tolist()), (list(zip(*logits, strict=True)), fit.T.tolist())):
+        for row, targets in zip(matrix, true, strict=True):
+            normaliser = math.log(sum(math.exp(value) for value in row))
+            rights = [normaliser - value for value, target in zip(row, targets, strict=True) if target]
+            total += sum(rights) / len(rights) / 3 / 2
+    assert contrastive_loss(images, texts, torch.tensor(scale), fit).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_loss_treats_equal_captions_alike():
+    """CLIP's own loss calls the second of two equal captions a mistake; this one does not."""
+    images, twice = unit_rows(3, 5), unit_rows(3, 6)[[0, 0, 1]]
+    both = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    difference = []
+    for fit in (both, torch.eye(3)):
+        texts = twice.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(contrastive_loss(images, texts, torch.tensor(10.0), fit), texts)
+        difference.append((gradient[0] - gradient[1]).norm().item())
+    assert difference[0] < 1e-6
+    assert difference[1] > 1e-2
+
+
+def test_fits_by_hand():
+    pictures = torch.tensor([[1, 3, 5], [1, 3, 6], [1, 4, 5]])
+    said = torch.tensor([[1, 3, ANY], [ANY, ANY, 5], [1, 4, 6], [ANY, ANY, ANY]])
+    assert fits(pictures, said).tolist() == [[1, 1, 0, 1], [1, 0, 0, 1], [0, 1, 0, 1]]
+
+
+def test_every_caption_fits_its_own_picture_and_few_others():
+    for batch in range(3):
+        scenes = pretrain.training_scenes(batch)
+        meaning, said = scenes.meaning(), Speaker(batch).captions(scenes)[1]
+        fit = fits(meaning, said)
+        assert (fit.diagonal() == 1).all()
+        assert 1 < fit.sum(0).mean() < 10
+        row, column = 17, 40
+        agrees = [s in (ANY, m) for m, s in zip(meaning[row].tolist(), said[column].tolist(), strict=True)]
+        assert fit[row, column] == all(agrees)
+
+
+# --- what the models see ----------------------------------------------------------------------------------------------
+
+
+def test_training_never_shows_a_held_out_pair():
+    pairs = set()
+    for batch in range(20):
+        scenes = pretrain.training_scenes(batch)
+        assert not is_held_out(scenes.shape, scenes.color).any()
+        pairs |= set(zip(scenes.shape[:, 0].tolist(), scenes.color[:, 0].tolist(), strict=True))
+    shapes, colors = (range(len(tinyworld.values(name))) for name in ("shape", "color"))
+    everything = {(shape, color) for shape in shapes for color in colors}
+    assert pairs == {pair for pair in everything if not is_held_out(*pair)}, "and shows all others"
+
+
+def test_training_styles_follow_their_shares():
+    style = torch.cat([pretrain.training_scenes(batch).style for batch in range(20)])
+    assert sum(pretrain.STYLE_SHARES.values()) == pytest.approx(1)
+    for name, share in pretrain.STYLE_SHARES.items():
+        measured = (style == tinyworld.index("style", name)).float().mean()
+        assert measured == pytest.approx(share, abs=4 * (share / len(style)) ** 0.5)
+
+
+def test_stream_of_batches(tmp_path):
+    tokenizer = pretrain.write_tokenizer(tmp_path)
+    stream = pretrain.Stream(5, tokenizer)
+    images, tokens, pictures, said = stream[3]
+    assert len(stream) == 5
+    assert images.shape == (pretrain.BATCH, 3, tinyworld.SIZE, tinyworld.SIZE)
+    assert tokens.shape == (pretrain.BATCH, pretrain.CONTEXT)
+    assert pictures.shape == said.shape == (pretrain.BATCH, 10)
+    assert all(torch.equal(*pair) for pair in zip(stream[3], (images, tokens, pictures, said), strict=True))
+    assert not torch.equal(stream[4][0], images)
+
+
+def test_held_out_sentences_are_new():
+    assert pretrain.sentences(0) == pretrain.sentences(0)
+    assert pretrain.sentences(0) != pretrain.sentences(1)
+    assert pretrain.sentences(0, "held-out") != pretrain.sentences(0)
+
+
+# --- masking and the schedule -----------------------------------------------------------------------------------------
+
+
+def test_masking_is_that_of_bert():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, WORDS, (400, 100), generator=generator)
+    tokens[:, 0], tokens[:, 1], tokens[:, 90:] = 2, 3, 0
+    before = tokens.clone()
+    hidden, labels = mask_tokens(tokens, MASK, WORDS, generator)
+    assert torch.equal(tokens, before), "the input is left alone"
+    special = tokens < 5
+    assert torch.equal(hidden[special], tokens[special]), "special tokens are never masked"
+    assert (labels[special] == -100).all()
+    chosen = labels != -100
+    assert torch.equal(labels[chosen], tokens[chosen])
+    assert torch.equal(hidden[~chosen], tokens[~chosen])
+    assert chosen.sum() / (~special).sum() == pytest.approx(0.15, abs=0.01)
+    assert (hidden[chosen] == MASK).float().mean() == pytest.approx(0.8, abs=0.02)
+    assert (hidden[chosen] == tokens[chosen]).float().mean() == pytest.approx(0.1, abs=0.02)
+    replaced = hidden[chosen & (hidden != MASK) & (hidden != tokens)]
+    assert 5 <= replaced.min() <= replaced.max() < WORDS
+    assert replaced.unique().numel() > 100
+
+
+@given(steps=st.integers(102, 5000))
+@settings(max_examples=20, deadline=None)
+def test_learning_rate_rises_then_falls_to_zero(steps):
+    rates = [learning_rate(step, steps) for step in range(steps + 1)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[:100] == sorted(rates[:100])
+    assert max(rates) == rates[99] == rates[100] == 1
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates[100 + (steps - 100) // 2] == pytest.approx(0.5, abs=2 / (steps - 100))
+
+
+# --- two steps of each ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Batches of 16, so that two steps take a moment."""
+    monkeypatch.setattr(pretrain, "BATCH", 16)
+
+
+def test_clip_trains_and_loads(small, tmp_path, capsys):
+    before = torch.get_rng_state()
+    run = pretrain.train_clip(tmp_path / "one", steps=2, workers=0, report_every=1)
+    assert torch.equal(torch.get_rng_state(), before), "the global random state is restored"
+    assert (run["steps"], run["images"]) == (2, 32)
+    assert capsys.readouterr().out.count("loss") == 2
+
+    clip = models.load(tmp_path / "one", device="cpu")
+    assert clip.image_size == (48, 48)
+    assert clip.network.vocab_size == WORDS
+    assert clip.tokenizer(["a red star"]).shape == (1, pretrain.CONTEXT)
+    features = clip.encode_images(torch.rand(2, 3, 32, 32))
+    assert features.shape == (2, pretrain.CLIP_CONFIG["model_cfg"]["embed_dim"])
+
+    pretrain.train_clip(tmp_path / "two", steps=2, workers=0)
+    assert models.load(tmp_path / "two", device="cpu").digest == clip.digest, "same seed, same weights"
+    pretrain.train_clip(tmp_path / "three", steps=1, workers=0)
+    assert models.load(tmp_path / "three", device="cpu").digest != clip.digest, "a step changes the weights"
+    assert pretrain.CLIP_CONFIG["model_cfg"]["text_cfg"]["vocab_size"] == 0, "the template is left alone"
+
+
+def test_clip_learns(small, tmp_path, capsys, monkeypatch):
+    """Thirty steps without warm-up on the same sixteen pictures bring the loss down."""
+    monkeypatch.setattr(pretrain, "learning_rate", lambda step, steps: 1.0)
+    monkeypatch.setattr(
+        pretrain.Stream, "__getitem__", lambda self, batch, honest=pretrain.Stream.__getitem__: honest(self, 0)
+    )
+    pretrain.train_clip(tmp_path, steps=30, workers=0, report_every=1)
+    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_language_model_trains_and_loads(small, tmp_path, capsys):
+    before = torch.get_rng_state()
+    run = pretrain.train_mlm(tmp_path / "one", steps=2, report_every=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (run["steps"], run["sentences"]) == (2, 32)
+    assert capsys.readouterr().out.count("loss") == 2
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "one")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    assert model.config.vocab_size == len(tokenizer) == WORDS
+    assert tokenizer.mask_token_id == MASK
+
+    pretrain.train_mlm(tmp_path / "two", steps=2)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("best", [1, 20])
+def test_language_model_accuracy_counts_every_word(small, tmp_path, monkeypatch, best):
+    """Against one sentence and one word at a time."""
+    monkeypatch.setattr(pretrain, "BATCH", 6)
+    pretrain.train_mlm(tmp_path, steps=2)
+    hits, trials = pretrain.mlm_accuracy(tmp_path, batches=2, best=best)
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    found = words = 0
+    for batch in range(2):
+        for text in pretrain.sentences(batch, "held-out"):
+            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=pretrain.CONTEXT)["input_ids"]
+            for place in range(1, tokens.shape[1] - 1):
+                hidden = tokens.clone()
+                hidden[0, place] = MASK
+                with torch.no_grad():
+                    guesses = model(input_ids=hidden).logits[0, place].topk(best).indices
+                found += int(tokens[0, place] in guesses)
+                words += 1
+    assert trials == words
+    assert abs(hits - found) <= 1, "padding may change the last bit of a tie"
