@@ -118,7 +118,8 @@ def run(job: Job) -> str | None:
     try:
         notebook = papermill.execute_notebook(str(job.source), None, job.parameters, **options)
     except PapermillExecutionError as error:
-        return f"{job.name}, cell [{error.exec_count}]:\n\n{error.source}\n\n" + "\n".join(error.traceback)
+        trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))  # without colors, for logs
+        return f"{job.name}, cell [{error.exec_count}]:\n\n{error.source}\n\n{trace}"
     except Exception as error:  # the kernel died, a cell timed out: report it, and let the other notebooks run
         return f"{job.name}: {type(error).__name__}: {error}"
     end = datetime.now(UTC)

@@ -60,14 +60,18 @@ function addFilter(table, frame) {
   frame.before(input);
 }
 
-// A column counts as numeric if every value that is there begins like a number.
-function alignNumbers(table) {
-  const rows = [...table.rows];
+// Numbers line up on the right; short texts stay in one line; long ones get room before the table starts to scroll.
+function kindOf(texts) {
+  const values = texts.filter((text) => !isMissing(text));
+  if (values.length && values.every((text) => /^[-−+]?[\d.,]+ ?%?($|\s[[±†(])/.test(text))) return "robustclip-number";
+  return values.some((text) => text.length > 24) ? "robustclip-long" : "robustclip-short";
+}
+
+function markColumns(table) {
+  const rows = [...table.tBodies[0].rows];
   for (let column = 0; column < table.tHead.rows[0].cells.length; column += 1) {
-    const texts = [...table.tBodies[0].rows].map((row) => row.cells[column]?.textContent.trim() ?? "");
-    const values = texts.filter((text) => !isMissing(text));
-    if (!values.length || !values.every((text) => /^[-−+]?[\d.,]+%?($|\s|±)/.test(text))) continue;
-    rows.forEach((row) => row.cells[column]?.classList.add("robustclip-number"));
+    const kind = kindOf(rows.map((row) => row.cells[column]?.textContent.trim() ?? ""));
+    for (const row of table.rows) row.cells[column]?.classList.add(kind);
   }
 }
 
@@ -86,7 +90,7 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("table.robustclip-table")) {
     if (!table.tHead || !table.tBodies.length) continue;
     addFilter(table, frameOf(table));
-    alignNumbers(table);
+    markColumns(table);
     addSorting(table);
   }
 });
