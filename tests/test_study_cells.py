@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustclip.attacks import FGSM, PGD, UniformNoise
@@ -52,6 +52,7 @@ def test_quick_is_smaller_than_full_and_both_have_every_role():
     assert quick.reference_eps == full.reference_eps
 
 
+@settings(deadline=None)
 @given(st.integers(0, 255))
 def test_eps_text_is_exact(numerator):
     assert parse_eps(f"{numerator}/255") == numerator / 255

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustclip.study import mcnemar, mean_interval, paired_difference, wilson
@@ -40,6 +40,7 @@ def test_wilson_gives_the_published_example():
     assert wilson(81, 263)[1:] == pytest.approx((25.53, 36.62), abs=0.005)  # Newcombe 1998, Statistics in Medicine 17
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_is_symmetric_and_narrows_with_the_level(case):
     correct, n = case
@@ -71,6 +72,7 @@ def test_mcnemar_counts_all_sign_patterns(first, second):
     assert mcnemar(*table(3, first, second, 2)) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(OUTCOMES)
 def test_mcnemar_does_not_care_who_is_first(pair):
     a, b = pair
@@ -85,6 +87,7 @@ def test_paired_difference_gives_the_published_examples():
     assert (value, low, high) == pytest.approx((20, 5.69, 34.04), abs=0.005)
 
 
+@settings(deadline=None)
 @given(OUTCOMES)
 def test_paired_difference_is_antisymmetric_and_stays_in_range(pair):
     a, b = pair
