@@ -24,7 +24,7 @@ notebooks: $(STAMP) ## Run every notebook that changed, to _build/executed
 
 test: $(STAMP) ## Lint, unit tests with coverage, every notebook at small size, a book without warnings
 	@$(MAKE) --no-print-directory lint || { echo "0 passed, 1 failed (lint)"; exit 1; }
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations 10 --cov --cov-report term
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 --cov --cov-report term
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check

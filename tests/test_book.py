@@ -14,7 +14,6 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-pytestmark = pytest.mark.xdist_group("book")  # one process: the book is built once
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     path for path in (ROOT / "book").rglob("*") if path.suffix in {".md", ".ipynb"} and "/." not in path.as_posix()
