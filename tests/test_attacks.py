@@ -325,20 +325,24 @@ def bumpy() -> nn.Module:
     return layers.eval()
 
 
-def test_unbroken_images_have_the_highest_loss_seen():
-    """Best so far: never less loss than the start, and never less than fewer restarts reach."""
+@pytest.mark.parametrize("restarts", [1, 4])
+def test_unbroken_images_have_the_highest_loss_seen(restarts):
+    """Of all points the attack looked at, the best is returned, not the last."""
     classifier, images = bumpy(), tiny_images(100, seed=9)
+    attack = PGD(eps=0.02, steps=4, step_size=0.03, restarts=restarts)
+    images = images[standing(classifier, attack, images, predicted(classifier, images))]
     labels = predicted(classifier, images)
+    assert len(images) > 20
 
-    def losses(adversarial):
-        return F.cross_entropy(classifier(adversarial), labels, reduction="none").detach()
+    def losses(points):
+        return F.cross_entropy(classifier(points), labels, reduction="none").detach()
 
-    attacks = [PGD(eps=0.02, steps=3, step_size=0.03, restarts=restarts) for restarts in (1, 4)]
-    one, four = (attack(classifier, images, labels) for attack in attacks)
-    unbroken = (predicted(classifier, four) == labels).nonzero()[:, 0]
-    assert len(unbroken) > 20
-    assert (losses(four) >= losses(one) - 1e-5)[unbroken].all()
-    assert (losses(one) >= losses(images))[unbroken].float().mean() > 0.95
+    seen = []
+    adversarial = attack(lambda x: seen.append(losses(x.detach())) or classifier(x), images, labels)
+    path = torch.stack(seen[1:])  # the first call only asks which images are right
+    assert len(path) == 5 * restarts
+    assert torch.allclose(losses(adversarial), path.amax(0), atol=1e-5)
+    assert (path.amax(0) > path[-1] + 1e-4).any(), "sometimes the last point is not the best"
 
 
 def test_broken_images_are_not_attacked_further():
@@ -421,6 +425,30 @@ def test_no_random_start_starts_at_the_image():
     labels = predicted(classifier, images)
     PGD(eps=0.1, steps=1, random_start=False)(lambda x: seen.append(x.detach()) or classifier(x), images, labels)
     assert torch.equal(seen[1], images)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_later_restarts_start_elsewhere(norm):
+    seen = []
+    classifier, images = linear(), tiny_images(low=0.4, high=0.6)
+    classifier[1].bias.data[0] += 50
+    attack = PGD(eps=0.1, steps=1, norm=norm, random_start=False, restarts=3)
+    attack(lambda x: seen.append(x.detach()) or classifier(x), images, torch.zeros(32, dtype=torch.long))
+    starts = seen[1::2]
+    assert len(starts) == 3
+    assert all((length(start - images, norm) > 1e-3).all() for start in starts[1:])
+    assert not torch.equal(starts[1], starts[2])
+
+
+@pytest.mark.parametrize(("steps", "step_size"), [(1, 0.1), (2, 0.1), (5, 0.05), (10, 0.025)])
+def test_default_step_size(steps, step_size):
+    """2.5 eps / steps, and never longer than eps."""
+    classifier, images = bumpy(), tiny_images(seed=4)
+    labels = predicted(classifier, images)
+    default = PGD(eps=0.1, steps=steps)
+    assert torch.equal(
+        default(classifier, images, labels), replace(default, step_size=step_size)(classifier, images, labels)
+    )
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------

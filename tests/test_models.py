@@ -125,6 +125,7 @@ def test_digest_names_the_weights(clip):
 
 def test_digest_covers_buffers(clip):
     own = copy.deepcopy(clip)
+    assert own.digest == clip.digest
     name, buffer = next((n, b) for n, b in own.network.named_buffers() if n in own.network.state_dict())
     buffer.add_(1)
     assert own.digest != clip.digest, name
@@ -133,7 +134,6 @@ def test_digest_covers_buffers(clip):
 def test_bfloat16(clip, images):
     half = load(EMBEDDED, device="cpu", precision="bfloat16")
     assert half.network.logit_scale.dtype == torch.bfloat16
-    assert torch.equal(half.mean, clip.mean), "pixel statistics stay exact"
     exact, rough = (zero_shot(model, role("cifar10"))(images) for model in (clip, half))
     assert rough.dtype == torch.float32
     assert (exact.argmax(1) == rough.argmax(1)).float().mean() > 0.85
@@ -175,7 +175,9 @@ def test_save_and_load_round_trip(clip, images, folder):
     first, second = (classifier(images) for classifier in classifiers)
     assert torch.equal(first, second)
     assert again.name == str(folder)
-    assert not list(folder.glob("*.tmp"))
+    names = {path.name for path in folder.iterdir()}
+    assert {CONFIG, WEIGHTS, "tokenizer.json"} <= names
+    assert not names & {"README.md", "training.json", f"{WEIGHTS}.tmp"}, "no card of other weights, nothing half done"
 
 
 def test_save_in_place_keeps_the_folder_whole(folder):
@@ -223,6 +225,7 @@ def test_a_vit_from_disk_classifies(random_vit):
     whole = (images.detach() * 255).round() / 255
     theirs = torch.stack([preprocess(picture) for picture in as_pictures(whole)])
     assert torch.allclose(clip.preprocess(whole), theirs, atol=1e-5)
+    assert torch.equal(load(random_vit, precision="bfloat16", device="cpu").mean, clip.mean), "statistics stay exact"
 
 
 def test_pictures_of_any_size_are_resized(clip):
@@ -284,17 +287,8 @@ def test_unknown_weights_of_a_known_architecture():
         load("ViT-B-32/openia")
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """No network, and nothing in the hub's cache."""
-    import huggingface_hub.constants
-    import huggingface_hub.file_download
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
 @pytest.mark.parametrize("name", ["ViT-B-32/openai", "hf-hub:nobody/nothing"])
-def test_offline(offline, monkeypatch, tmp_path, name):
+def test_offline(monkeypatch, name):
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", refuse)
     monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_url", refuse)
     with pytest.raises(OSError, match=f"could not fetch '{name}' .*connect to the network, or put a copy"):
@@ -308,7 +302,8 @@ def refuse(*_, **__):
 def test_a_hub_model_without_weights_is_an_error(clip, monkeypatch):
     """open_clip would log a warning and go on with random weights."""
     config = json.loads((clip.folder / CONFIG).read_text())
-    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: config)
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(clip.folder)
+    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: copy.deepcopy(config))
     monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", refuse)
     with pytest.raises(OSError, match="could not fetch 'hf-hub:org/model'"):
         load("hf-hub:org/model")

@@ -129,7 +129,7 @@ def test_held_out_sentences_are_new():
 def test_masking_is_that_of_bert():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, WORDS, (400, 100), generator=generator)
-    tokens[:, 0], tokens[:, 1], tokens[:, 90:] = 2, 3, 0
+    tokens[:, :4], tokens[:, 90:] = torch.tensor([2, 3, 1, 4]), 0
     before = tokens.clone()
     hidden, labels = mask_tokens(tokens, MASK, WORDS, generator)
     assert torch.equal(tokens, before), "the input is left alone"
@@ -198,6 +198,22 @@ def test_clip_learns(small, tmp_path, capsys, monkeypatch):
     pretrain.train_clip(tmp_path, steps=30, workers=0, report_every=1)
     losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "file", "weight"),
+    [
+        (pretrain.train_clip, models.WEIGHTS, "text_projection"),
+        (pretrain.train_mlm, "model.safetensors", "bert.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_the_schedule_is_followed(small, tmp_path, monkeypatch, train, file, weight):
+    """A learning rate of zero after the first step leaves the weights where that step put them."""
+    monkeypatch.setattr(pretrain, "learning_rate", lambda step, steps: float(step == 0))
+    for steps in (1, 3):
+        train(tmp_path / str(steps), steps, **({"workers": 0} if train is pretrain.train_clip else {}))
+    one, three = (load_file(tmp_path / steps / file)[weight] for steps in ("1", "3"))
+    assert torch.equal(one, three)
 
 
 def test_language_model_trains_and_loads(small, tmp_path, capsys):

@@ -161,6 +161,9 @@ def test_any_slice_equals_the_whole(name, start, n):
     assert torch.equal(part[0], images[start : start + n])
     assert torch.equal(part[1], labels[start : start + n])
     assert part[3] == (captions and captions[start : start + n])
+    scenes, again = tinyworld_scenes(name, "train", n, start)
+    assert torch.equal(scenes.meaning(), tinyworld_scenes(name, "train", 230)[0].meaning()[start : start + n])
+    assert torch.equal(again, part[1])
 
 
 def test_splits_are_different_scenes_in_different_order():
@@ -188,6 +191,8 @@ def test_smaller_objects_in_the_second_imagenet():
         difference = tinyworld.draw(scenes, "v2", scale=size).int() - tinyworld.draw(empty, "v2", scale=size).int()
         area[size] = (difference.abs().amax(1) > 6).float().mean()
     assert area[0.85] < 0.9 * area[1.0]
+    drawn = tinyworld.draw(scenes, "imagenet-v2/test", scale=0.85)
+    assert torch.equal(tinyworld_samples("imagenet-v2", "test", 64)[0], drawn)
 
 
 def test_captions_tell_two_objects_apart():

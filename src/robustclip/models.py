@@ -162,8 +162,9 @@ def save(clip: Clip, folder: Path | str) -> Path:
     weights = {key: value.detach().cpu().contiguous() for key, value in clip.network.state_dict().items()}
     needed = sum(value.nbytes for value in weights.values()) / 1e6
     folder = check_folder(Path(folder), needed + 1)
+    others = (WEIGHTS, "README.md", "training.json")  # they are about the weights that were loaded
     for path in clip.folder.iterdir():
-        if path.is_file() and path.name not in (WEIGHTS, "README.md") and folder.resolve() != clip.folder.resolve():
+        if path.is_file() and path.name not in others and folder.resolve() != clip.folder.resolve():
             shutil.copy(path, folder / path.name)
     temporary = folder / f"{WEIGHTS}.tmp"
     save_file(weights, temporary)

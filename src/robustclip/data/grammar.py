@@ -58,13 +58,13 @@ class Speaker:
         names = words(attribute)[value]
         return names[0] if self.random.random() >= self.synonyms else self.random.choice(names)
 
-    def _object(self, row: list[int], slot: int, says_color: bool) -> tuple[str, dict[str, int]]:
+    def _object(self, row: list[int], slot: int) -> tuple[str, dict[str, int]]:
         """A noun phrase with article about object `slot` (1 or 2), and the columns it mentions."""
         shape, color, texture = self.random.choices(self.mentions, self.weights)[0]
         values_at = {name: row[COLUMNS.index(f"{name}{slot}")] for name in ("shape", "color", "texture")}
         said = {
             name: values_at[name]
-            for name, wanted in (("shape", shape), ("color", color and says_color), ("texture", texture))
+            for name, wanted in (("shape", shape), ("color", color), ("texture", texture))
             if wanted and values_at[name] >= 0
         }
         name = {attribute: self.word(attribute, value) for attribute, value in said.items()}
@@ -73,9 +73,9 @@ class Speaker:
             phrase = phrase.replace("thing", "object")
         return article(phrase), {f"{attribute}{slot}": value for attribute, value in said.items()}
 
-    def _two(self, row: list[int], says_color: bool) -> tuple[str, dict[str, int]]:
+    def _two(self, row: list[int]) -> tuple[str, dict[str, int]]:
         """Two noun phrases and their relation, said from either end."""
-        (one, said_one), (two, said_two) = self._object(row, 1, says_color), self._object(row, 2, says_color)
+        (one, said_one), (two, said_two) = self._object(row, 1), self._object(row, 2)
         relation = row[COLUMNS.index("relation")]
         pairs = world()["language"]["relations"]
         forward, backward = pairs[2 * relation], pairs[2 * relation + 1]
@@ -101,16 +101,15 @@ class Speaker:
         """One caption for one row of `Scenes.meaning()` and the columns it mentions."""
         count, background, style = row[0], row[8], row[9]
         name = values("style")[style]
-        says_color = name != "scan"
         said = {"count": count}
         if count == 0:
             phrase = f"the {self.word('background', background)}"
             said["background"] = background
         elif count == 2:
-            phrase, mentioned = self._two(row, says_color)
+            phrase, mentioned = self._two(row)
             said |= mentioned
         else:
-            phrase, mentioned = self._object(row, 1, says_color)
+            phrase, mentioned = self._object(row, 1)
             said |= mentioned
             phrase += self._kind(said)
             phrase += self._fact(said)
