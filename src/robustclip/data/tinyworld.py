@@ -1,7 +1,7 @@
 """Tinyworld: a small visual world drawn by code, in which names are compositional ("striped red star").
 
 `sample_scenes` decides what is in each picture, `draw` renders it. Both are vectorised and deterministic: image `i` of
-a stream depends on the stream's seed and on `i` alone, so any slice of any stream can be drawn without the rest.
+a stream of one style depends on the stream's name and on `i` alone, so any slice can be drawn without the rest.
 Only additions, products, comparisons and table look-ups touch a pixel, which keeps the bytes equal across machines.
 """
 
