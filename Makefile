@@ -6,8 +6,8 @@ PORT   ?= 8000
 BIN   := .venv/bin
 # One stamp per content of the lock: the second call installs nothing, a changed lock installs again.
 STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
-# `make lock` holds these: the newest torch that also comes as a CPU build, and what still takes Python 3.11.0.
-HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3.0.2'
+# `make lock` holds these: the newest torch that also comes as a CPU build, and what still works on Python 3.11.0.
+HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3'
 
 .DEFAULT_GOAL := help
 .PHONY: help book notebooks test lint format serve reproduce linkcheck lock clean
