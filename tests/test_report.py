@@ -298,6 +298,8 @@ def test_verdicts_have_a_symbol_and_a_word():
         assert row[3].text.startswith(start)
         assert row[2].text == "9 % (code)"
     assert "<up>" in [cell[2] for cell in Page(table._repr_html_()).all("td")]
+    own = report.verdicts(verdict_table([judge(Claim("A1", "ours"), [sure])]), scale="quick")
+    assert own.heads == ("id", "statement", "verdict", "evidence")
     with pytest.raises(ValueError, match="unknown verdict 'maybe'"):
         report.verdicts(verdict_table(claims).assign(verdict="maybe"), scale="quick")
 
@@ -376,7 +378,10 @@ def test_curves_of_other_quantities_and_many_panels(sweep):
     assert figure.axes[0].get_xlabel() == "attack steps"
     assert not figure.axes[0].collections
     many = pd.concat([sweep.assign(dataset=f"{name}{i}") for i in range(2) for name in ("a", "b")])
-    assert len(report.curves(many.drop_duplicates(["model", "dataset", "eps"]), panels="dataset").axes) == 4
+    four = report.curves(many.drop_duplicates(["model", "dataset", "eps"]), panels="dataset").axes
+    assert [axis.get_subplotspec().get_gridspec().get_geometry() for axis in four] == [(2, 2)] * 4
+    one = report.curves(sweep[sweep["dataset"] == sweep["dataset"].iloc[0]])
+    assert one.axes[0].get_title() == ""
     with pytest.raises(ValueError, match="they differ in dataset"):
         report.curves(sweep)
 

@@ -90,12 +90,13 @@ def curves(
     frame = frame.assign(eps=frame["eps"].fillna(0) * 255) if x == "eps" else frame
     parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
     looks = dict(zip(frame[hue].unique(), LOOKS(), strict=False))
-    across, down = min(len(parts), 3), -(-len(parts) // 3)
+    across = 2 if len(parts) == 4 else min(len(parts), 3)
+    down = -(-len(parts) // across)
     with style():
         figure = Figure(figsize=(max(5.6, 2.8 * across), 1.6 + 2.2 * down))
         axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
         for axis, (name, part) in zip(axes, parts, strict=False):
-            axis.set(title=words.text_of(panels, name), xlabel=words.UNITS.get(x, x))
+            axis.set(title=words.text_of(panels, name) if panels else "", xlabel=words.UNITS.get(x, x))
             for label, line in part.sort_values(x).groupby(hue, sort=False):
                 axis.plot(line[x], line[y], label=words.text_of(hue, label), **looks[label])
                 if y == "accuracy":

@@ -109,7 +109,9 @@ def comparison(frame: pd.DataFrame, results: pd.DataFrame, caption: str = "Paper
 
 def verdicts(frame: pd.DataFrame, scale: str | None = None, caption: str = "Claims under test") -> Table:
     """List claims (id, statement, printed, verdict, evidence), each verdict as a symbol and in words."""
-    names = ("id", "statement", "printed", "verdict", "evidence")
+    names = ["id", "statement", "printed", "verdict", "evidence"]
+    if (frame["printed"].fillna("") == "").all():  # claims of our own, printed nowhere
+        names.remove("printed")
     lines = []
     for record in frame.to_dict("records"):
         word = record["verdict"]
@@ -117,7 +119,7 @@ def verdicts(frame: pd.DataFrame, scale: str | None = None, caption: str = "Clai
         printed = f"{record['printed']}{_mark(record.get('mark'))}"
         shown = record | {"verdict": f"{VERDICTS[kind]} {word}", "printed": printed}
         lines.append(tuple(_label(name, shown[name]) for name in names))
-    return Table(names, tuple(lines), 1, f"{caption} ({words.scale_of(frame, scale)})")
+    return Table(tuple(names), tuple(lines), 1, f"{caption} ({words.scale_of(frame, scale)})")
 
 
 def _label(name: str, value: object) -> Entry:
