@@ -36,7 +36,7 @@ PACKAGES = (
     *("numpy", "pandas", "scikit-learn", "seaborn", "papermill", "jupyter-book"),
 )
 CELL_TIMEOUT = 1800  # seconds; a cell that takes longer hangs
-QUIET = ["--IPKernelApp.log_level=ERROR"]  # kernels warn that they talk over local TCP
+QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # kernels warn of local TCP, and of being told to end
 
 
 @dataclass(frozen=True)
