@@ -1,7 +1,7 @@
 """Train an embedded model from nothing and write its model card: `python tools/pretrain.py clip` (or `mlm`).
 
-On two CPU cores the CLIP takes about 20 minutes and the language model two. Retraining on another machine or with
-another library version changes the last bits, not the accuracies beyond their intervals.
+On two CPU cores the CLIP takes about 20 minutes and the language model two. Training is deterministic on one machine;
+another machine or library version may change the last bits.
 """
 
 import argparse
@@ -37,7 +37,8 @@ experiments of the book run in seconds on a laptop; it knows nothing about photo
 - Load: `open_clip.create_model_and_transforms("local-dir:...")` or `robustclip.models.load("tinyworld-clip")`.
 
 Zero-shot accuracy in percent on 1,000 test pictures a role, 95 % Wilson intervals; attacked at eps = {eps:g}/255 by one
-run of PGD-20 on the undefended model. A retrained model falls into these intervals.
+run of PGD-20 on the undefended model. Retraining on the same machine repeats the run; elsewhere the last bits may
+differ, and the intervals say what to expect.
 
 | role | classes | clean | uniform noise | PGD-20 |
 |---|---|---|---|---|
