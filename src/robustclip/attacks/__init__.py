@@ -1,5 +1,5 @@
-"""Attacks: frozen dataclasses `(classifier, images, labels) -> images`."""
+"""Attacks on images `(classifier, images, labels) -> images` and on texts `(clip, texts) -> texts`."""
 
-from robustclip.attacks.image import FGSM, PGD, UniformNoise
+from robustclip.attacks.gradient import FGSM, PGD, FeaturePGD, UniformNoise
 
-__all__ = ["FGSM", "PGD", "UniformNoise"]
+__all__ = ["FGSM", "PGD", "FeaturePGD", "UniformNoise"]

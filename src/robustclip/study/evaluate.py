@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustclip import models
-from robustclip.attacks.image import UniformNoise
+from robustclip.attacks import UniformNoise
 from robustclip.checks import check_folder, check_images, check_labels, check_range
 from robustclip.data.roles import role
 from robustclip.data.sources import Samples, load_samples

@@ -12,7 +12,8 @@ from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
 
-from robustclip.attacks.image import FGSM, PGD, Attack, UniformNoise
+from robustclip.attacks import FGSM, PGD, UniformNoise
+from robustclip.attacks.base import Attack
 from robustclip.checks import check_choice, check_range
 from robustclip.data.roles import role_names
 from robustclip.data.sources import SOURCES

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.attacks.image import NORMS, frozen
+from robustclip.attacks.base import NORMS, frozen
 from robustclip.checks import check_range
 from robustclip.models import Clip, ZeroShotClassifier
 from robustclip.progress import progress

@@ -1,0 +1,169 @@
+"""What all image attacks share: norms, randomness, gradients, and who is attacked at all.
+
+An attack is a frozen dataclass; calling it returns adversarial images. What happens to an image depends on that image
+and the attack's seed only, never on its neighbors in the batch: random numbers are seeded by the image's own bytes.
+"""
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from robustclip.attacks.losses import fooled
+from robustclip.checks import check_images, check_labels, check_range
+from robustclip.component import component
+
+Classifier = Callable[[Tensor], Tensor]
+MAX_SEED = 2**31 - 1
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+class Linf:
+    """Every pixel may change by at most eps."""
+
+    name = "linf"
+
+    def random(self, noise: Tensor, eps: float) -> Tensor:
+        """A uniform point of the ball from `noise` (n, 3, h, w), uniform in [-1, 1]."""
+        return eps * noise
+
+    def ascend(self, gradient: Tensor) -> Tensor:
+        """Steepest ascent direction of unit length."""
+        return gradient.sign()
+
+    def project(self, delta: Tensor, eps: float) -> Tensor:
+        """Nearest point of the ball."""
+        return delta.clamp(-eps, eps)
+
+
+class L2:
+    """The Euclidean length of the change of an image is at most eps."""
+
+    name = "l2"
+
+    def random(self, noise: Tensor, eps: float) -> Tensor:
+        """A random direction at a radius uniform in [0, eps], taken from the first entry of the noise."""
+        radius = noise.flatten(1)[:, 0].abs().view(-1, 1, 1, 1)
+        return eps * radius * self.ascend(noise)
+
+    def ascend(self, gradient: Tensor) -> Tensor:
+        """Steepest ascent direction of unit length."""
+        return gradient / _length(gradient).clamp(min=1e-12)
+
+    def project(self, delta: Tensor, eps: float) -> Tensor:
+        """Nearest point of the ball."""
+        return delta * (eps / _length(delta).clamp(min=1e-12)).clamp(max=1)
+
+
+NORMS: dict[str, Linf | L2] = {"linf": Linf(), "l2": L2()}
+
+
+def _length(delta: Tensor) -> Tensor:
+    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+# --- shared behaviour -------------------------------------------------------------------------------------------------
+
+
+def own_noise(images: Tensor, seed: int, shape: Sequence[int] | None = None) -> Tensor:
+    """Uniform noise in [-1, 1], each image's drawn from a generator seeded by its own bytes and `seed`.
+
+    One number per pixel, or (n, *shape).
+    """
+    noise = torch.empty(images.shape if shape is None else (len(images), *shape))
+    for row, image in zip(noise, images.detach().float().cpu(), strict=True):
+        own = zlib.crc32(image.contiguous().numpy().tobytes(), seed & 0xFFFFFFFF)
+        row.uniform_(-1, 1, generator=torch.Generator().manual_seed((seed << 32) + own))
+    return noise.to(images)
+
+
+@contextmanager
+def frozen(classifier: Classifier):
+    """Turn weight gradients off and leave training mode while attacking; restore both afterwards."""
+    if not isinstance(classifier, nn.Module):
+        yield
+        return
+    asking = [weight for weight in classifier.parameters() if weight.requires_grad]
+    training = [module for module in classifier.modules() if module.training]
+    for weight in asking:
+        weight.requires_grad_(False)
+    classifier.eval()
+    try:
+        yield
+    finally:
+        for weight in asking:
+            weight.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def input_gradient(losses: Tensor, images: Tensor) -> Tensor:
+    """Gradient of each image's loss; one that is missing or not a number would fake robustness, so it is an error."""
+    if not losses.requires_grad:
+        raise ValueError("the classifier's logits carry no gradient; remove no_grad or detach from its forward pass")
+    (gradient,) = torch.autograd.grad(losses, images, torch.ones_like(losses))
+    if gradient.isnan().any():
+        raise ValueError("the classifier's gradient contains NaN; look for square roots or divisions at zero in it")
+    return gradient
+
+
+@component
+class Attack(ABC):
+    """What all image attacks share: input checks, and no work on images that are already misclassified."""
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        check_range("eps", self.eps, 0, math.inf if getattr(self, "norm", "linf") == "l2" else 1)
+
+    @abstractmethod
+    def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images for a batch where the attacker has not won yet."""
+
+    def look(self, classifier: Classifier, images: Tensor) -> Tensor:
+        """The scores (n, classes) by which the attacker judges whether an image fools."""
+        with torch.no_grad():
+            return classifier(images)
+
+    def won(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Where the attacker has what it wants: any other class first."""
+        return fooled(scores, labels)
+
+    def __call__(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images for (n, 3, h, w) pixels in [0, 1] and (n,) true labels; misclassified ones come back."""
+        check_images(images)
+        adversarial = images.detach().clone()
+        if not len(images):
+            return adversarial
+        with frozen(classifier):
+            scores = self.look(classifier, adversarial)
+            labels = check_labels(labels, scores.shape[1], len(images)).long()
+            standing = (~self.won(scores, labels)).nonzero()[:, 0]
+            if self.eps and len(standing):
+                adversarial[standing] = self.perturb(classifier, adversarial[standing], labels[standing])
+        return adversarial
+
+    def sweep(
+        self, classifier: Classifier, images: Tensor, labels: Tensor, budgets: Sequence[float]
+    ) -> dict[float, Tensor]:
+        """Adversarial images for each budget, smallest first; what falls to a small one is reused for all larger.
+
+        So the results are nested: robust accuracy never rises with eps, and the work shrinks.
+        """
+        found, current = {}, images.detach().clone()
+        standing = torch.arange(len(images), device=images.device)
+        for eps in sorted(budgets):
+            attack = replace(self, eps=eps)
+            current[standing] = attack(classifier, images[standing], labels[standing])
+            with frozen(classifier):
+                scores = self.look(classifier, current[standing])
+            standing = standing[~self.won(scores, labels[standing])]
+            found[eps] = current.clone()
+        return found
