@@ -1,0 +1,304 @@
+"""Attacks on texts: BERT-Attack on class prompts or captions, in the released and the aligned reading, and label-aware.
+
+A text attack is a frozen dataclass; `attack(clip, prompts)` returns one attacked text per prompt. Words are what stands
+between single blanks. A masked language model proposes substitutes for them, the text encoder under attack chooses.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from itertools import islice, product
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robustclip.attacks.base import frozen
+from robustclip.attacks.language import LanguageModel, load_language_model
+from robustclip.checks import check_choice, check_images, check_integer, check_labels, check_range
+from robustclip.component import component
+from robustclip.models import Clip
+
+BATCH = 256  # texts encoded together: larger batches leave the cache of a CPU
+PIECES, TOKENS, COMBINATIONS = 12, 4, 24  # how much of a word of several pieces BERT-Attack looks at
+
+Score = Callable[[Tensor, Tensor], Tensor]  # (rows of the attacked texts, candidate features) -> what to maximise
+Substitutes = dict[int, list[str]]  # position of a word -> what may replace it
+
+
+@cache
+def stop_words() -> frozenset[str]:
+    """The words and signs that BERT-Attack neither swaps nor proposes."""
+    return frozenset(files("robustclip").joinpath("assets/stop-words.txt").read_text(encoding="utf-8").split())
+
+
+# --- how far a text embedding moved -----------------------------------------------------------------------------------
+
+
+def kl_divergence(clean: Tensor, moved: Tensor) -> Tensor:
+    """D_KL(softmax(v) || softmax(v')) over the d coordinates of unit rows (n, d); close to (1 - cos(v, v')) / d."""
+    log_clean, log_moved = clean.log_softmax(-1), moved.log_softmax(-1)
+    return (log_clean.exp() * (log_clean - log_moved)).sum(-1)
+
+
+def cosine_distance(clean: Tensor, moved: Tensor) -> Tensor:
+    """1 - cos(v, v') of unit rows (n, d)."""
+    return 1 - (clean * moved).sum(-1)
+
+
+OBJECTIVES = {"kl": kl_divergence, "cosine": cosine_distance}
+
+
+@contextmanager
+def exactly(clip: Clip):
+    """Encode without gradients, as at test time, and in the precision of the weights even under autocast."""
+    with torch.no_grad(), frozen(clip), torch.autocast(clip.device.type, enabled=False):
+        yield
+
+
+def in_float32(clip: Clip) -> Clip:
+    """The CLIP, or a copy if its precision is lower: the divergences to rank are of order 1e-5."""
+    return clip if clip.logit_scale.dtype == torch.float32 else copy.deepcopy(clip).float()
+
+
+class TextFeatures:
+    """Unit features of texts on the CPU in double precision; each distinct text is encoded once, in float32."""
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip = in_float32(clip)
+        self._rows: dict[str, int] = {}
+        self._features = torch.empty(0, 0)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(k, d) features of k texts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        with exactly(self.clip):
+            parts = [self.clip.encode_texts(new[at : at + BATCH]).cpu() for at in range(0, len(new), BATCH)]
+        self._features = torch.cat([part for part in (self._features, *parts) if len(part)] or [self._features])
+        self._rows.update(zip(new, range(len(self._rows), len(self._features)), strict=True))
+        return self._features[[self._rows[text] for text in texts]].double()
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+
+@component
+class TextAttack(ABC):
+    """An attack on texts; `images` says how many held-out labelled images it wants to see besides the prompts."""
+
+    images: ClassVar[int] = 0
+
+    @abstractmethod
+    def __call__(self, clip: Clip, prompts: Sequence[str]) -> list[str]:
+        """One attacked text per prompt, in the same order."""
+
+
+def check_texts(name: str, texts: Sequence[str]) -> list[str]:
+    """Return `texts` as a list if they are several strings, else raise ValueError."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} must be a list of texts, got {texts!r:.60}; put a single text in brackets")
+    return list(texts)
+
+
+def swapped(words: list[str], position: int, word: str) -> list[str]:
+    """A copy of `words` with another one at `position`."""
+    return [*words[:position], word, *words[position + 1 :]]
+
+
+@component
+class WordSubstitution(TextAttack):
+    """What the BERT-Attacks share: where substitutes come from.
+
+    The language model reads the text unmasked and guesses each position. `aligned` takes a word's substitutes from the
+    word's own positions. `shifted` follows the code of Co-Attack, SGA and MMCoA: one position too early, so that a word
+    gets the guesses for the piece before it; and stop words are recognised by case, so that "This" may be swapped.
+    That code also omits the `end_token` of the sentence. `threshold` is a raw logit.
+    """
+
+    offset: str = "aligned"
+    end_token: bool = True
+    candidates: int = 10
+    threshold: float = 0.3
+    max_pieces: int = 30
+    language_model: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("offset", self.offset, ("aligned", "shifted"))
+        check_integer("candidates", self.candidates, 1)
+        check_range("threshold", self.threshold, -1e9, 1e9)
+        check_integer("max_pieces", self.max_pieces, 3)
+
+    @property
+    def _kept(self) -> int:
+        """How many word pieces of a text the attack sees."""
+        return self.max_pieces - 1 - self.end_token
+
+    def seen(self, model: LanguageModel, words: Iterable[str]) -> str:
+        """The text that the attack's embeddings are computed on: lower-case word pieces, cut, joined again."""
+        return model.join([piece for word in words for piece in model.pieces(word)][: self._kept])
+
+    def substitutes(self, model: LanguageModel, texts: Sequence[str]) -> dict[str, Substitutes]:
+        """For each text, the words that may be swapped and their substitutes, from one pass of the language model."""
+        check_integer("max_pieces", self.max_pieces, 3, model.longest)
+        pieces = [[model.pieces(word) for word in text.split(" ")] for text in texts]
+        sentences = [[piece for word in words for piece in word][: self._kept] for words in pieces]
+        guesses = model.guesses(sentences, self.candidates, self.end_token)
+        return {text: self._of_text(model, text, *guess) for text, guess in zip(texts, guesses, strict=True)}
+
+    def _of_text(self, model: LanguageModel, text: str, tokens: list, logits: list) -> Substitutes:
+        """Substitutes for one text from the guesses at its positions; position 0 is the start token's."""
+        found, start = {}, 0
+        for position, word in enumerate(text.split(" ")):
+            first = start + (self.offset == "aligned")
+            own = slice(first, first + len(model.pieces(word)))
+            if start < self._kept and (word if self.offset == "shifted" else word.lower()) not in stop_words():
+                found[position] = self._usable(model, word, self._options(tokens[own], logits[own]))
+            start += len(model.pieces(word))
+        return {position: words for position, words in found.items() if words}
+
+    def _options(self, tokens: list[list[str]], logits: list[list[float]]) -> Iterable[tuple[str, ...]]:
+        """What may fill the positions of one word: the best tokens above the threshold.
+
+        Of several positions the first 24 combinations of the 4 best tokens at each of the first 12. The order by
+        perplexity of the released code is left out: all of them are scored, so it decides nothing but exact ties.
+        """
+        if len(tokens) == 1:
+            return [(token,) for token, logit in zip(tokens[0], logits[0], strict=True) if logit >= self.threshold]
+        return islice(product(*(row[:TOKENS] for row in tokens[:PIECES])), COMBINATIONS if tokens else 0)
+
+    def _usable(self, model: LanguageModel, word: str, options: Iterable[tuple[str, ...]]) -> list[str]:
+        """Whole words other than the word itself, stop words and the tokenizer's special tokens."""
+        joined = [model.join(option) for option in options if model.special.isdisjoint(option)]
+        refused = stop_words() | {word.lower()}
+        return list(dict.fromkeys(text for text in joined if "##" not in text and text not in refused))
+
+
+@component
+class BertAttack(WordSubstitution):
+    """BERT-Attack on embeddings: swap at most `words` words so that the text embedding moves as far as possible.
+
+    max_{t'} D_KL(softmax(v) || softmax(v')), v = f_T(t) the unit embedding. Words are tried in the order of how far the
+    embedding moves when the unknown-word token replaces them; the best substitute of the first word that has one
+    better than the word itself is taken. Sees neither images, labels nor other prompts. As released with MMCoA:
+    `BertAttack(offset="shifted", end_token=False)`.
+    """
+
+    objective: str = "kl"
+    words: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_integer("words", self.words, 1)
+
+    def __call__(self, clip: Clip, prompts: Sequence[str]) -> list[str]:
+        """One attacked text per prompt; equal prompts are attacked once."""
+        unique = list(dict.fromkeys(check_texts("prompts", prompts)))
+        model, features = load_language_model(self.language_model, clip), TextFeatures(clip)
+        clean, distance = features([self.seen(model, text.split(" ")) for text in unique]), OBJECTIVES[self.objective]
+        found = self._climb(model, features, unique, lambda rows, moved: distance(clean[rows], moved))
+        attacked = dict(zip(unique, found, strict=True))
+        return [attacked[prompt] for prompt in prompts]
+
+    def against(self, clip: Clip, texts: Sequence[str], image_features: Tensor) -> list[str]:
+        """The i-th text attacked against the i-th image, (n, d) unit rows: max_{t'} -cos(u_i, v'), as in SGA.
+
+        The order of the words is the label-free one, so that each distinct candidate is proposed and embedded once.
+        """
+        texts = check_texts("texts", texts)
+        if image_features.ndim != 2 or len(image_features) != len(texts):
+            shape = tuple(image_features.shape)
+            raise ValueError(f"image_features must be ({len(texts)}, d), one row per text, got {shape}")
+        images = image_features.detach().cpu().double()
+        model, features = load_language_model(self.language_model, clip), TextFeatures(clip)
+        return self._climb(model, features, texts, lambda rows, moved: -(images[rows] * moved).sum(-1))
+
+    def _ranked(self, model: LanguageModel, features: TextFeatures, texts: list[str]) -> dict[str, Substitutes]:
+        """Substitutes of each text, its most important word first."""
+        found = self.substitutes(model, texts)
+        places = [(text.split(" "), position) for text, options in found.items() for position in options]
+        clean = features([self.seen(model, words) for words, _ in places])
+        probes = features([self.seen(model, swapped(words, position, model.unknown)) for words, position in places])
+        drops = iter(OBJECTIVES[self.objective](clean, probes).tolist())
+        important = {text: {position: -next(drops) for position in options} for text, options in found.items()}
+        return {
+            text: {position: options[position] for position in sorted(options, key=important[text].get)}
+            for text, options in found.items()
+        }
+
+    def _climb(self, model: LanguageModel, features: TextFeatures, texts: list[str], score: Score) -> list[str]:
+        """Greedy search, all texts at once: each round tries one word of every text that may still change."""
+        ranked = self._ranked(model, features, list(dict.fromkeys(texts)))
+        words, left = [text.split(" ") for text in texts], [self.words] * len(texts)
+        queues = [iter(ranked[text].items()) for text in texts]
+        while tries := {row: entry for row, queue in enumerate(queues) if left[row] and (entry := next(queue, None))}:
+            options = {
+                row: [words[row], *(swapped(words[row], position, word) for word in substitutes)]
+                for row, (position, substitutes) in tries.items()
+            }
+            rows = torch.tensor([row for row, several in options.items() for _ in several])
+            moved = features([self.seen(model, option) for several in options.values() for option in several])
+            scores = score(rows, moved).split([len(several) for several in options.values()])
+            for (row, several), values in zip(options.items(), scores, strict=True):
+                best = int(values.argmax())
+                words[row], left[row] = several[best], left[row] - (best > 0)
+        return [" ".join(row) for row in words]
+
+
+@component
+class LabelAwareBertAttack(WordSubstitution):
+    """A stronger control: one word per prompt, chosen to hurt the classifier on labelled held-out images.
+
+    max_{t'_k} mean_i [log sum_j exp(s u_i . v_j) - s u_i . v_{y_i}] over the substitutes of all words of prompt k, one
+    class k after the other, the others as they are by then. The clean prompt competes, so the loss never falls.
+    """
+
+    images: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("images", self.images, 1)
+
+    def __call__(self, clip: Clip, prompts: Sequence[str], images: Tensor, labels: Tensor) -> list[str]:
+        """One attacked text per class prompt, for (n, 3, h, w) pixels in [0, 1] and (n,) labels of the attacker."""
+        prompts = check_texts("prompts", prompts)
+        if not prompts:
+            return []
+        labels = check_labels(labels, len(prompts), len(check_images(images))).cpu()
+        if not len(images):
+            raise ValueError(f"images is empty; give about {self.images} held-out images with their labels")
+        found = self.substitutes(load_language_model(self.language_model, clip), list(dict.fromkeys(prompts)))
+        options = [[prompt, *self._variants(prompt, found[prompt])] for prompt in prompts]
+        features = TextFeatures(clip)
+        features([text for several in options for text in several])  # all of them in large batches
+        with exactly(clip):
+            parts = [features.clip.encode_images(part.to(clip.device)).cpu() for part in images.split(BATCH)]
+        return sweep(clip.logit_scale.item() * torch.cat(parts).double(), labels, options, features)
+
+    def _variants(self, prompt: str, substitutes: Substitutes) -> list[str]:
+        words = prompt.split(" ")
+        return [" ".join(swapped(words, at, word)) for at, several in substitutes.items() for word in several]
+
+
+def sweep(images: Tensor, labels: Tensor, options: list[list[str]], features: Callable) -> list[str]:
+    """One sweep of coordinate ascent over the classes: the option of each that maximises the mean cross-entropy.
+
+    `images` are (n, d) features times the logit scale; the first of `options[k]` is the clean prompt of class k. The
+    log-sum-exp over the other classes joins that of the settled ones with that of the later ones, summed up once from
+    the end: nothing is ever subtracted.
+    """
+    clean = images @ features([several[0] for several in options]).T
+    later = clean.flip(1).logcumsumexp(1).flip(1)
+    nothing = torch.full_like(clean[:, :1], -float("inf"))
+    settled, later, chosen = nothing[:, 0], torch.cat([later[:, 1:], nothing], 1), []
+    for label, several in enumerate(options):
+        logits = images @ features(several).T
+        others = torch.logaddexp(settled, later[:, label])
+        losses = (torch.logaddexp(others[:, None], logits) - logits * (labels == label)[:, None]).mean(0)
+        best = int(losses.argmax())
+        chosen.append(several[best])
+        settled = torch.logaddexp(settled, logits[:, best])
+    return chosen
