@@ -1,0 +1,121 @@
+"""Retrieval: recall from image to text and from text to image, clean and under attack."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from robustclip.attacks.multimodal import Captions, MultimodalAttack, check_captions, regroup
+from robustclip.attacks.text import TextAttack
+from robustclip.checks import check_images, check_integer
+from robustclip.data.sources import Samples
+from robustclip.models import ZeroShotClassifier
+from robustclip.progress import progress
+from robustclip.study.statistics import wilson
+
+BATCH = 128  # images that are encoded, attacked and ranked together
+Ranks = dict[str, np.ndarray]  # direction -> how many answers stand before the right one, for each query
+
+
+def captions_of(samples: Samples) -> Captions:
+    """The captions of each image."""
+    if samples.captions is None:
+        raise ValueError(f"{samples!r} has no captions; load the role 'coco'")
+    return np.reshape(samples.captions, (len(samples), -1)).tolist()
+
+
+def recalls(clip: Any, images: Tensor, captions: Captions, ks: Sequence[int] = (1, 5, 10)) -> pd.DataFrame:
+    """Recall in percent with its 95 % Wilson interval, one row per direction and k; `n` counts the queries.
+
+    Image-to-text, an image is a hit if any of its captions is among the first k of all captions, as on MSCOCO;
+    text-to-image, each caption asks for its image. Equal scores stand in the order of the set, which neither side can
+    profit from: a model that maps everything to one point gets the recall of a draw by lot.
+    """
+    return pd.DataFrame(_rows(ranks(clip, images, captions), ks))
+
+
+def attacked_recalls(
+    clip: Any, attacks: Mapping[str, Any], images: Tensor, captions: Captions, ks: Sequence[int] = (1, 5, 10)
+) -> pd.DataFrame:
+    """As `recalls`, for each attack by name: multimodal, on images, on texts, or None for clean data.
+
+    Both success rates in use, in percent: `drop` is clean minus attacked recall (Co-Attack's), `broken` the share of
+    the clean hits that are lost (SGA's; NaN without any). Image attacks that need labels aim at recall@1 of the image.
+    """
+    clean, rows = ranks(clip, images, captions), []
+    for name, attack in progress(attacks.items(), "retrieval", unit="attack"):
+        after = clean if attack is None else ranks(clip, *attacked(clip, attack, images, captions))
+        rows += [{"attack": name, **row} for row in _rows(after, ks, clean)]
+    return pd.DataFrame(rows)
+
+
+def attacked(clip: Any, attack: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+    """Images and captions after an attack of any kind."""
+    if isinstance(attack, TextAttack):
+        return images, regroup(attack(clip, list(chain(*captions))), captions)
+    parts = [slice(start, start + BATCH) for start in range(0, len(images), BATCH)]
+    if isinstance(attack, MultimodalAttack):
+        found, texts = zip(*(attack.on_captions(clip, images[part], captions[part]) for part in parts), strict=True)
+        return torch.cat(found), list(chain(*texts))
+    labels, gallery = torch.arange(len(images), device=images.device), Retriever(clip, captions)
+    return torch.cat([attack(gallery, images[part], labels[part]) for part in parts]), captions
+
+
+class Retriever(ZeroShotClassifier):
+    """Images to one logit per image of the set, that of its best caption: its accuracy is image-to-text recall@1."""
+
+    def __init__(self, clip: Any, captions: Captions) -> None:
+        super().__init__(clip, list(chain(*captions)))
+        self.sizes = [len(group) for group in captions]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) pixels in [0, 1] to (n, images of the set) logits."""
+        return torch.stack([part.amax(1) for part in super().forward(images).split(self.sizes, 1)], 1)
+
+
+def ranks(clip: Any, images: Tensor, captions: Captions) -> Ranks:
+    """How many captions stand before the image's first one, and how many images before the caption's."""
+    check_captions(captions, len(check_images(images)))
+    texts = {text: place for place, text in enumerate(dict.fromkeys(chain(*captions)))}
+    places = torch.tensor([texts[text] for text in chain(*captions)], device=images.device)  # equal texts tie exactly
+    text_features = clip.text_features(list(texts))
+    with torch.no_grad():
+        features = torch.cat([clip.encode_images(part) for part in images.split(BATCH)])
+    if not (features.isfinite().all() and text_features.isfinite().all()):
+        raise ValueError("the features contain NaN or infinity, which no recall can be told from; restore the model")
+    sizes = torch.tensor([len(group) for group in captions], device=images.device)
+    owners = torch.arange(len(images), device=images.device).repeat_interleave(sizes)
+    of_images, of_texts = [], []
+    for rows in torch.arange(len(owners), device=images.device).split(BATCH):
+        of_images.append(_before((features[owners[rows]] @ text_features.T)[:, places], rows))
+        of_texts.append(_before(text_features[places[rows]] @ features.T, owners[rows]))
+    first = [group.amin() for group in torch.cat(of_images).split(sizes.tolist())]
+    return {"image-to-text": torch.stack(first).cpu().numpy(), "text-to-image": torch.cat(of_texts).cpu().numpy()}
+
+
+def _before(scores: Tensor, targets: Tensor) -> Tensor:
+    """How many columns stand before the target one (n,) in each row of (n, m) scores; equal ones in their order."""
+    own = scores.gather(1, targets[:, None])
+    earlier = torch.arange(scores.shape[1], device=scores.device) < targets[:, None]
+    return ((scores > own) | ((scores == own) & earlier)).sum(1)
+
+
+def _rows(found: Ranks, ks: Sequence[int], clean: Ranks | None = None) -> Iterator[dict]:
+    """Rows of the table; with the clean ranks, both success rates."""
+    for direction, before in found.items():
+        for k in ks:
+            hits = before < check_integer("k", k, 1)
+            recall, low, high = wilson(int(hits.sum()), len(hits))
+            row = {"direction": direction, "k": k, "recall": recall, "low": low, "high": high, "n": len(hits)}
+            yield row | (_success(clean[direction] < k, hits) if clean else {})
+
+
+def _success(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """The absolute drop in points, and the share of the hits that are lost, in percent."""
+    lost = 100 * float((~after[before]).mean()) if before.any() else math.nan
+    return {"drop": 100 * float(before.mean() - after.mean()), "broken": lost}
