@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+import pretraining
+from pretraining import contrastive_loss, fits, learning_rate, mask_tokens
 from robustclip import models
 from robustclip.data import tinyworld
 from robustclip.data.grammar import SPECIAL_TOKENS, Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, is_held_out
-from robustclip.training import pretrain
-from robustclip.training.pretrain import contrastive_loss, fits, learning_rate, mask_tokens
 
 models._torchvision.prepare()
 from open_clip.loss import ClipLoss  # noqa: E402  torchvision has to be prepared first
@@ -73,7 +73,7 @@ def test_fits_by_hand():
 
 def test_every_caption_fits_its_own_picture_and_few_others():
     for batch in range(3):
-        scenes = pretrain.training_scenes(batch)
+        scenes = tinyworld.training_scenes(batch)
         meaning, said = scenes.meaning(), Speaker(batch).captions(scenes)[1]
         fit = fits(meaning, said)
         assert (fit.diagonal() == 1).all()
@@ -89,7 +89,7 @@ def test_every_caption_fits_its_own_picture_and_few_others():
 def test_training_never_shows_a_held_out_pair():
     pairs = set()
     for batch in range(20):
-        scenes = pretrain.training_scenes(batch)
+        scenes = tinyworld.training_scenes(batch)
         assert not is_held_out(scenes.shape, scenes.color).any()
         pairs |= set(zip(scenes.shape[:, 0].tolist(), scenes.color[:, 0].tolist(), strict=True))
     shapes, colors = (range(len(tinyworld.values(name))) for name in ("shape", "color"))
@@ -98,29 +98,29 @@ def test_training_never_shows_a_held_out_pair():
 
 
 def test_training_styles_follow_their_shares():
-    style = torch.cat([pretrain.training_scenes(batch).style for batch in range(20)])
-    assert sum(pretrain.STYLE_SHARES.values()) == pytest.approx(1)
-    for name, share in pretrain.STYLE_SHARES.items():
+    style = torch.cat([tinyworld.training_scenes(batch).style for batch in range(20)])
+    assert sum(tinyworld.STYLE_SHARES.values()) == pytest.approx(1)
+    for name, share in tinyworld.STYLE_SHARES.items():
         measured = (style == tinyworld.index("style", name)).float().mean()
         assert measured == pytest.approx(share, abs=4 * (share / len(style)) ** 0.5)
 
 
 def test_stream_of_batches(tmp_path):
-    tokenizer = pretrain.write_tokenizer(tmp_path)
-    stream = pretrain.Stream(5, tokenizer)
+    tokenizer = pretraining.write_tokenizer(tmp_path)
+    stream = pretraining.Stream(5, tokenizer)
     images, tokens, pictures, said = stream[3]
     assert len(stream) == 5
-    assert images.shape == (pretrain.BATCH, 3, tinyworld.SIZE, tinyworld.SIZE)
-    assert tokens.shape == (pretrain.BATCH, pretrain.CONTEXT)
-    assert pictures.shape == said.shape == (pretrain.BATCH, 10)
+    assert images.shape == (tinyworld.BATCH, 3, tinyworld.SIZE, tinyworld.SIZE)
+    assert tokens.shape == (tinyworld.BATCH, pretraining.CONTEXT)
+    assert pictures.shape == said.shape == (tinyworld.BATCH, 10)
     assert all(torch.equal(*pair) for pair in zip(stream[3], (images, tokens, pictures, said), strict=True))
     assert not torch.equal(stream[4][0], images)
 
 
 def test_held_out_sentences_are_new():
-    assert pretrain.sentences(0) == pretrain.sentences(0)
-    assert pretrain.sentences(0) != pretrain.sentences(1)
-    assert pretrain.sentences(0, "held-out") != pretrain.sentences(0)
+    assert pretraining.sentences(0) == pretraining.sentences(0)
+    assert pretraining.sentences(0) != pretraining.sentences(1)
+    assert pretraining.sentences(0, "held-out") != pretraining.sentences(0)
 
 
 # --- masking and the schedule -----------------------------------------------------------------------------------------
@@ -165,12 +165,12 @@ def test_learning_rate_rises_then_falls_to_zero(steps):
 @pytest.fixture
 def small(monkeypatch):
     """Batches of 16, so that two steps take a moment."""
-    monkeypatch.setattr(pretrain, "BATCH", 16)
+    monkeypatch.setattr(tinyworld, "BATCH", 16)
 
 
 def test_clip_trains_and_loads(small, tmp_path, capsys):
     before = torch.get_rng_state()
-    run = pretrain.train_clip(tmp_path / "one", steps=2, workers=0, report_every=1)
+    run = pretraining.train_clip(tmp_path / "one", steps=2, workers=0, report_every=1)
     assert torch.equal(torch.get_rng_state(), before), "the global random state is restored"
     assert (run["steps"], run["images"]) == (2, 32)
     assert capsys.readouterr().out.count("loss") == 2
@@ -178,24 +178,24 @@ def test_clip_trains_and_loads(small, tmp_path, capsys):
     clip = models.load(tmp_path / "one", device="cpu")
     assert clip.image_size == (48, 48)
     assert clip.network.vocab_size == WORDS
-    assert clip.tokenizer(["a red star"]).shape == (1, pretrain.CONTEXT)
+    assert clip.tokenizer(["a red star"]).shape == (1, pretraining.CONTEXT)
     features = clip.encode_images(torch.rand(2, 3, 32, 32))
-    assert features.shape == (2, pretrain.CLIP_CONFIG["model_cfg"]["embed_dim"])
+    assert features.shape == (2, pretraining.CLIP_CONFIG["model_cfg"]["embed_dim"])
 
-    pretrain.train_clip(tmp_path / "two", steps=2, workers=0)
+    pretraining.train_clip(tmp_path / "two", steps=2, workers=0)
     assert models.load(tmp_path / "two", device="cpu").digest == clip.digest, "same seed, same weights"
-    pretrain.train_clip(tmp_path / "three", steps=1, workers=0)
+    pretraining.train_clip(tmp_path / "three", steps=1, workers=0)
     assert models.load(tmp_path / "three", device="cpu").digest != clip.digest, "a step changes the weights"
-    assert pretrain.CLIP_CONFIG["model_cfg"]["text_cfg"]["vocab_size"] == 0, "the template is left alone"
+    assert pretraining.CLIP_CONFIG["model_cfg"]["text_cfg"]["vocab_size"] == 0, "the template is left alone"
 
 
 def test_clip_learns(small, tmp_path, capsys, monkeypatch):
     """Thirty steps without warm-up on the same sixteen pictures bring the loss down."""
-    monkeypatch.setattr(pretrain, "learning_rate", lambda step, steps: 1.0)
+    monkeypatch.setattr(pretraining, "learning_rate", lambda step, steps: 1.0)
     monkeypatch.setattr(
-        pretrain.Stream, "__getitem__", lambda self, batch, honest=pretrain.Stream.__getitem__: honest(self, 0)
+        pretraining.Stream, "__getitem__", lambda self, batch, honest=pretraining.Stream.__getitem__: honest(self, 0)
     )
-    pretrain.train_clip(tmp_path, steps=30, workers=0, report_every=1)
+    pretraining.train_clip(tmp_path, steps=30, workers=0, report_every=1)
     losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -203,22 +203,22 @@ def test_clip_learns(small, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("train", "file", "weight"),
     [
-        (pretrain.train_clip, models.WEIGHTS, "text_projection"),
-        (pretrain.train_mlm, "model.safetensors", "bert.embeddings.word_embeddings.weight"),
+        (pretraining.train_clip, models.WEIGHTS, "text_projection"),
+        (pretraining.train_mlm, "model.safetensors", "bert.embeddings.word_embeddings.weight"),
     ],
 )
 def test_the_schedule_is_followed(small, tmp_path, monkeypatch, train, file, weight):
     """A learning rate of zero after the first step leaves the weights where that step put them."""
-    monkeypatch.setattr(pretrain, "learning_rate", lambda step, steps: float(step == 0))
+    monkeypatch.setattr(pretraining, "learning_rate", lambda step, steps: float(step == 0))
     for steps in (1, 3):
-        train(tmp_path / str(steps), steps, **({"workers": 0} if train is pretrain.train_clip else {}))
+        train(tmp_path / str(steps), steps, **({"workers": 0} if train is pretraining.train_clip else {}))
     one, three = (load_file(tmp_path / steps / file)[weight] for steps in ("1", "3"))
     assert torch.equal(one, three)
 
 
 def test_language_model_trains_and_loads(small, tmp_path, capsys):
     before = torch.get_rng_state()
-    run = pretrain.train_mlm(tmp_path / "one", steps=2, report_every=1)
+    run = pretraining.train_mlm(tmp_path / "one", steps=2, report_every=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert (run["steps"], run["sentences"]) == (2, 32)
     assert capsys.readouterr().out.count("loss") == 2
@@ -227,7 +227,7 @@ def test_language_model_trains_and_loads(small, tmp_path, capsys):
     assert model.config.vocab_size == len(tokenizer) == WORDS
     assert tokenizer.mask_token_id == MASK
 
-    pretrain.train_mlm(tmp_path / "two", steps=2)
+    pretraining.train_mlm(tmp_path / "two", steps=2)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -236,14 +236,14 @@ def test_language_model_trains_and_loads(small, tmp_path, capsys):
 @pytest.mark.parametrize("best", [1, 20])
 def test_language_model_accuracy_counts_every_word(small, tmp_path, monkeypatch, best):
     """Against one sentence and one word at a time."""
-    monkeypatch.setattr(pretrain, "BATCH", 6)
-    pretrain.train_mlm(tmp_path, steps=2)
-    hits, trials = pretrain.mlm_accuracy(tmp_path, batches=2, best=best)
+    monkeypatch.setattr(tinyworld, "BATCH", 6)
+    pretraining.train_mlm(tmp_path, steps=2)
+    hits, trials = pretraining.mlm_accuracy(tmp_path, batches=2, best=best)
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
     found = words = 0
     for batch in range(2):
-        for text in pretrain.sentences(batch, "held-out"):
-            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=pretrain.CONTEXT)["input_ids"]
+        for text in pretraining.sentences(batch, "held-out"):
+            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=pretraining.CONTEXT)["input_ids"]
             for place in range(1, tokens.shape[1] - 1):
                 hidden = tokens.clone()
                 hidden[0, place] = MASK

@@ -66,6 +66,7 @@ def result(model="clip", dataset="CIFAR10", attack="PGD-20", correct=100, n=200,
         "forward": 2400,
         "backward": 2000,
         "stale": False,
+        "flags": "" if clean else "not audited",
         "checkpoint": "a",
         "data": "b",
         "code": "c",
@@ -94,6 +95,28 @@ def text_of(table):
 
 def test_fixture_has_the_columns_of_evaluate(frame):
     assert set(frame.columns) == set(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "mark", "words"),
+    [
+        ("passed", "", "Audit: 4 of 4 attacked numbers passed."),
+        ("not audited", "", "Audit: 0 of 4 attacked numbers passed, 4 not audited."),
+        ("gradients; square", " ⚑", "Audit: 0 of 4 attacked numbers passed, ⚑ flagged: gradients, square."),
+        ("blind; not audited", " ⚑", "Audit: 0 of 4 attacked numbers passed, 4 not audited, ⚑ flagged: blind."),
+    ],
+)
+def test_flags_stand_beside_the_numbers_and_in_a_note(frame, flags, mark, words):
+    attacked = frame["attack"] != "clean"
+    shown = report.table(frame.assign(flags=frame["flags"].where(~attacked, flags)))
+    assert words in text_of(shown)
+    for row in shown.rows:
+        for entry in row[2:]:
+            assert entry.text.endswith("]" + (mark if row[1].text != "clean" else ""))
+
+
+def test_clean_numbers_need_no_audit(frame):
+    assert "Audit" not in text_of(report.table(frame[frame["attack"] == "clean"]))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

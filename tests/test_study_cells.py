@@ -4,10 +4,21 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustclip.attacks import FGSM, PGD, UniformNoise
+from robustclip import _torchvision
+from robustclip.attacks import (
+    APGD,
+    FGSM,
+    PGD,
+    AutoAttack,
+    BertAttack,
+    FromTorchattacks,
+    SepAttack,
+    UniformNoise,
+)  # fmt: skip
 from robustclip.data.roles import role_names
 from robustclip.study import grid, parse_eps, scale, scale_names
 from study_fakes import Darken, FakeClip, Step
@@ -74,11 +85,38 @@ def test_attacks_go_by_the_names_of_the_papers(small):
     assert chosen.attack("FGSM", eps="1/255") == FGSM(eps=1 / 255)
     assert chosen.attack("PGD-100") == PGD(eps=eps, steps=3)
     assert chosen.attack("PGD-37", seed=1) == PGD(eps=eps, steps=37, seed=1)
+    assert chosen.attack("CW-10", seed=1) == PGD(eps=eps, steps=10, seed=1, loss="margin")
+    assert chosen.attack("CW-100") == PGD(eps=eps, steps=3, loss="margin"), "played by as many steps as PGD-100"
+    assert chosen.attack("APGD-T", eps=0.1) == APGD(eps=0.1, steps=100, loss="dlr", targets=9)
+    assert chosen.attack("AutoAttack") == AutoAttack(eps=eps, steps=100, queries=5000)
+    assert chosen.attack("BERT-Attack") == BertAttack(offset="shifted", end_token=False)
+    both = chosen.attack("PGD-100+BERT-Attack-aligned:worst", seed=2)
+    assert both == SepAttack(image=PGD(eps=eps, steps=3, seed=2), text=BertAttack(), reading="worst")
 
 
-@pytest.mark.parametrize("name", ["PGD", "PGD-0", "pgd-10", "AutoAttack", ""])
+def test_budgets_and_seeds_reach_the_parts_of_an_attack():
+    names = ["PGD-10+BERT-Attack", "BERT-Attack", "clean"]
+    cells = grid("quick", roles=["cifar10"], attacks=names, eps=[0.1, 0.2], seeds=[5])
+    assert [cell.attack_name for cell in cells] == [names[0], *names]
+    assert [cell.attack and getattr(cell.attack, "image", None) for cell in cells] == [
+        PGD(eps=0.1, steps=10, seed=5), PGD(eps=0.2, steps=10, seed=5), None, None,
+    ]  # fmt: skip
+
+
+def test_torchattacks_instances_are_attacks_of_a_grid():
+    _torchvision.prepare()
+    import torchattacks
+
+    (cell,) = grid("quick", roles=["cifar10"], attacks={"theirs": torchattacks.FGSM(torch.nn.Linear(1, 1), eps=0.03)})
+    assert cell.attack == FromTorchattacks(name="FGSM", eps=0.03)
+    assert cell.eps == 0.03
+
+
+@pytest.mark.parametrize(
+    "name", ["PGD", "PGD-0", "pgd-10", "Autoattack", "", "PGD-10+PGD-10", "clean+BERT-Attack", "CW-1x"]
+)
 def test_an_unknown_attack_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"unknown attack.*clean, noise, FGSM, PGD-10"):
+    with pytest.raises(ValueError, match=r"unknown attack.*clean, noise, FGSM, APGD-CE.*PGD-10"):
         scale("quick").attack(name)
 
 

@@ -14,7 +14,7 @@ from robustclip.attacks import FGSM, PGD, UniformNoise
 from robustclip.data.sources import load_samples
 from robustclip.models import ZeroShotClassifier
 from robustclip.study import Store, evaluate, export, grid, outcomes, plan, reference, scale, store
-from robustclip.study.evaluate import CountingClip
+from robustclip.study.bench import CountingClip
 from study_fakes import Darken, FakeClip, Guess, Step
 
 MEASURED = ["role", "attack", "attacker", "defense", "accuracy", "low", "high", "forward", "backward", "key"]

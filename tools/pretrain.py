@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+import pretraining
 from robustclip import models
 from robustclip.attacks import PGD, UniformNoise
 from robustclip.data.roles import role, tinyworld_samples
 from robustclip.study import scale, wilson
-from robustclip.training import pretrain
 from robustclip.training.adversarial import AdversarialFineTuning
 
 ASSETS = Path(__file__).parents[1] / "src" / "robustclip" / "assets"
@@ -112,7 +112,7 @@ def card(kind: str, folder: Path, run: dict, eps: float) -> str:
         from transformers import AutoModelForMaskedLM
 
         model = AutoModelForMaskedLM.from_pretrained(folder)
-        top = {best: pretrain.mlm_accuracy(folder, best=best) for best in (1, 10)}
+        top = {best: pretraining.mlm_accuracy(folder, best=best) for best in (1, 10)}
         return MLM_CARD.format(
             layers=model.config.num_hidden_layers,
             width=model.config.hidden_size,
@@ -130,7 +130,7 @@ def card(kind: str, folder: Path, run: dict, eps: float) -> str:
         image_parameters=image_parameters,
         text_parameters=sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
         words=network.vocab_size,
-        context=pretrain.CONTEXT,
+        context=pretraining.CONTEXT,
         digest=clip.digest,
         eps=eps * 255,
         rows=clip_rows(clip, eps),
@@ -152,7 +152,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or ASSETS / f"tinyworld-{arguments.model}"
     if not arguments.card:
-        train = {"clip": pretrain.train_clip, "mlm": pretrain.train_mlm}[arguments.model]
+        train = {"clip": pretraining.train_clip, "mlm": pretraining.train_mlm}[arguments.model]
         with tempfile.TemporaryDirectory() as scratch:
             run = train(Path(scratch), arguments.steps or STEPS[arguments.model])
             (Path(scratch) / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

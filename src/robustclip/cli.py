@@ -33,10 +33,11 @@ CELL = ("model", "role", "attack", "attacker", "eps", "n")  # columns that say w
 Scale = Annotated[str, typer.Option(help="quick, full, photo, paper, or a .toml file of your own.")]
 Models = Annotated[list[str], typer.Option("--model", help="A model of the scale, or anything models.load takes.")]
 Roles = Annotated[list[str] | None, typer.Option("--role", help="A data set, by its role [default: all of the scale].")]
-Attacks = Annotated[list[str], typer.Option("--attack", help="clean, noise, FGSM, PGD-10, PGD-100 ...")]
+Attacks = Annotated[list[str], typer.Option("--attack", help="clean, noise, PGD-100, AutoAttack, BERT-Attack ...")]
 Attackers = Annotated[list[str], typer.Option("--attacker", help="blind or aware of the defense.")]
 Budgets = Annotated[list[str] | None, typer.Option("--eps", help="Budget, like 4/255 [default: the scale's].")]
 Seeds = Annotated[list[int], typer.Option("--seed", help="Random seed of attacks and defenses.")]
+Audited = Annotated[int, typer.Option("--audit", min=0, help="Audit image attacks on this many images.")]
 Images = Annotated[int | None, typer.Option("--n", help="Images per role [default: the scale's].")]
 Shard = Annotated[str, typer.Option(help="Part i of n of the cells, like 2/4, to split a grid by hand.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -97,6 +98,7 @@ def run(
     shard: Shard = "1/1",
     device: Device = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once [default: the scale's].")] = None,
+    audit: Audited = 0,
     store: Folder = None,
     as_json: Machine = False,
 ) -> None:
@@ -115,8 +117,44 @@ def run(
     from robustclip.study import evaluate
 
     with _exit_code(1):
-        results = evaluate(cells, store, device, batch_size)
-    _show(results, (*CELL, "accuracy", "low", "high", "source", "stale"), as_json)
+        results = evaluate(cells, store, device, batch_size, audit)
+    _show(results, (*CELL, "accuracy", "low", "high", "flags", "source", "stale"), as_json)
+
+
+@app.command()
+def audit(
+    scale: Scale = "quick",
+    model: Annotated[str, typer.Option(help="A model of the scale, or anything models.load takes.")] = "clip",
+    role: Annotated[str, typer.Option(help="A data set, by its role.")] = "cifar10",
+    attack: Annotated[str, typer.Option(help="The image attack to trust or not: PGD-20, APGD-CE ...")] = "PGD-100",
+    eps: Annotated[str | None, typer.Option(help="Budget, like 4/255 [default: the scale's].")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the attack.")] = 0,
+    n: Annotated[int, typer.Option(min=1, help="Images to look at.")] = 100,
+    device: Device = "auto",
+    store: Folder = None,
+    as_json: Machine = False,
+) -> None:
+    """Ask whether the robustness of a model under an attack is real; the flags are stored with the result.
+
+    Exit code 1 if a check raises a flag.
+
+    \b
+    robustclip audit --role cifar10 --attack PGD-20
+    robustclip audit --model runs/checkpoints/tecoa --attack APGD-CE --eps 4/255 --n 200
+    """
+    with _exit_code(2):
+        options = {"roles": [role], "attacks": [attack], "eps": eps and [eps], "seeds": [seed], "n": n}
+        cells = _select(scale, [model], "1/1", device, **options)
+    from robustclip import study
+
+    with _exit_code(1):
+        found = study.audit_cell(cells[0], store, device)
+    if as_json:
+        typer.echo(json.dumps({"flags": list(found.flags), "findings": _records(found.frame())}, indent=1))
+    else:
+        typer.echo(found.frame().to_string(index=False))
+    if found.flags:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,5 +1,18 @@
-"""Attacks on images `(classifier, images, labels) -> images` and on texts `(clip, texts) -> texts`."""
+"""Attacks: on images `(classifier, images, labels) -> images`, on texts `(clip, texts) -> texts`, and on both."""
 
+from robustclip.attacks.adaptive import bpda, replace_backward
+from robustclip.attacks.apgd import APGD
+from robustclip.attacks.autoattack import AutoAttack
+from robustclip.attacks.fast import Fast
+from robustclip.attacks.from_textattack import FromTextAttack
+from robustclip.attacks.from_torchattacks import FromTorchattacks, adapt
 from robustclip.attacks.gradient import FGSM, PGD, FeaturePGD, UniformNoise
+from robustclip.attacks.multimodal import SGA, CoAttack, SepAttack
+from robustclip.attacks.square import Square
+from robustclip.attacks.text import BertAttack, LabelAwareBertAttack
 
-__all__ = ["FGSM", "PGD", "FeaturePGD", "UniformNoise"]
+__all__ = [
+    "APGD", "FGSM", "PGD", "SGA", "AutoAttack", "BertAttack", "CoAttack", "Fast", "FeaturePGD", "FromTextAttack",
+    "FromTorchattacks", "LabelAwareBertAttack", "SepAttack", "Square", "UniformNoise", "adapt", "bpda",
+    "replace_backward",
+]  # fmt: skip

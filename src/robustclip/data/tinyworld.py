@@ -425,3 +425,27 @@ def draw(scenes: Scenes, name: str, start: int = 0, scale: float = 1.0) -> Tenso
         full = part[torch.arange(CHUNK).clamp(max=len(part) - 1)] if missing else part
         parts.append(_render(generator(f"draw/{name}", (start + first) // CHUNK), full, scale)[: len(part)])
     return torch.cat(parts)
+
+
+# --- what the embedded models were trained on -------------------------------------------------------------------------
+
+BATCH = 256
+STYLE_SHARES = {
+    "photo": 0.68, "sketch": 0.07, "poster": 0.07, "clutter": 0.06, "scan": 0.05, "closeup": 0.04, "aerial": 0.03,
+}  # fmt: skip
+PAIR_SHARE = 0.15  # of photos that show two objects
+
+
+def training_scenes(batch: int) -> Scenes:
+    """One batch of scenes of the pre-training stream; none shows a held-out color-shape pair."""
+    random = generator("pretrain/scenes", batch)
+    styles = values("style")
+    shares = torch.tensor([STYLE_SHARES[name] for name in styles])
+    style = torch.multinomial(shares, BATCH, replacement=True, generator=random)
+    count = torch.ones(BATCH, dtype=torch.long)
+    pair = torch.rand(BATCH, generator=random) < PAIR_SHARE
+    count[pair & (style == styles.index("photo"))] = 2
+    count[style == styles.index("aerial")] = 0
+    count[(torch.rand(BATCH, generator=random) < 0.03) & (style == styles.index("photo"))] = 0
+    free = torch.full((BATCH, 4), ANY)
+    return sample_scenes(random, free, count, style, exclude_held_out=True)

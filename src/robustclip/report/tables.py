@@ -137,8 +137,9 @@ def _number(record: dict, value: str, interval: str = "none", best: bool = False
     text = f"{number:,}" if isinstance(number, int) else f"{number or 0:,.1f}"
     if interval != "none" and not pd.isna(low + high):
         text += f" ± {(high - low) / 2:.1f}" if interval == "half" else f" [{low:.1f}, {high:.1f}]"
-    old = f" {words.STALE}" * (record.get("stale") in (True,))
-    return Entry() if pd.isna(number) else Entry(text + old, number, best)
+    marks = f" {words.STALE}" * (record.get("stale") in (True,))
+    marks += f" {words.FLAGGED}" * (value == "accuracy" and bool(words.flags_of(record.get("flags"))))
+    return Entry() if pd.isna(number) else Entry(text + marks, number, best)
 
 
 def _html(tag: tuple[str, str], entry: Entry) -> str:

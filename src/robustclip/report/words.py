@@ -4,7 +4,7 @@ import pandas as pd
 
 from robustclip.checks import check_choice
 
-MISSING, STALE = "–", "†"
+MISSING, STALE, FLAGGED = "–", "†", "⚑"
 UNITS = {"accuracy": "accuracy (%)", "eps": "perturbation radius eps (1/255)", "steps": "attack steps", "n": "images"}
 UNITS |= {"seconds": "time (s)", "forward": "images forward", "backward": "images backward"}
 KNOWS = {"blind": "blind (sees only the undefended model)", "aware": "aware (sees the defended model)"}
@@ -50,7 +50,28 @@ def notes(frame: pd.DataFrame, shown: list[str], value: str = "accuracy") -> tup
     cast = (_cast(frame, shown, "Data", "source", "dataset"), _cast(frame, shown, "Attack", "played_by", "attack"))
     stale = f"{STALE} Measured with an older version of the code."
     old = frame.get("stale", pd.Series(dtype=bool)).eq(True).any()
-    return (f"{what[0].upper()}{what[1:]}.", *filter(None, (*cast, _attacker(frame, shown), stale * bool(old))))
+    said = (*cast, _attacker(frame, shown), _audit(frame), stale * bool(old))
+    return (f"{what[0].upper()}{what[1:]}.", *filter(None, said))
+
+
+def flags_of(value: object) -> list[str]:
+    """The audit flags in a value of column `flags`; "passed" and "not audited" are none."""
+    names = value.split("; ") if isinstance(value, str) else []
+    return [name for name in names if name not in ("", "passed", "not audited")]
+
+
+def _audit(frame: pd.DataFrame) -> str:
+    """Say which attacked numbers carry audit flags, and how many passed or were not audited."""
+    known = frame.get("flags", pd.Series(dtype=object)).fillna("")
+    known = known[known != ""]
+    if known.empty:
+        return ""
+    flags = sorted({name for value in known for name in flags_of(value)})
+    missing = known.str.contains("not audited").sum()
+    said = [f"{(known == 'passed').sum()} of {len(known)} attacked numbers passed"]
+    said += [f"{missing} not audited"] * bool(missing)
+    said += [f"{FLAGGED} flagged: {', '.join(flags)}"] * bool(flags)
+    return f"Audit: {', '.join(said)}."
 
 
 def _cast(frame: pd.DataFrame, shown: list[str], what: str, player: str, role: str) -> str:

@@ -2,7 +2,8 @@
 
 from robustclip.study.cells import Cell, grid
 from robustclip.study.claims import Claim, Condition, Judgement, Verdict, judge, verdict_table
-from robustclip.study.evaluate import evaluate, export, outcomes, plan
+from robustclip.study.evaluate import audit_cell, evaluate, export, outcomes
+from robustclip.study.planning import plan
 from robustclip.study.reported import compare, reference, reported, reported_papers
 from robustclip.study.scales import Scale, parse_eps, scale, scale_names
 from robustclip.study.statistics import Estimate, mcnemar, mean_interval, paired_difference, wilson
@@ -10,7 +11,7 @@ from robustclip.study.store import Store, code_digest, versions
 
 __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Verdict",
-    "code_digest", "compare", "evaluate", "export", "grid", "judge", "mcnemar", "mean_interval", "outcomes",
-    "paired_difference", "parse_eps", "plan", "reference", "reported", "reported_papers", "scale", "scale_names",
-    "verdict_table", "versions", "wilson",
+    "audit_cell", "code_digest", "compare", "evaluate", "export", "grid", "judge", "mcnemar", "mean_interval",
+    "outcomes", "paired_difference", "parse_eps", "plan", "reference", "reported", "reported_papers", "scale",
+    "scale_names", "verdict_table", "versions", "wilson",
 ]  # fmt: skip

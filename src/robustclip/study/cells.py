@@ -4,10 +4,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from typing import Any
 
+from robustclip.attacks.from_torchattacks import as_attack
 from robustclip.checks import check_choice, check_range
 from robustclip.data.roles import role, role_names
 from robustclip.study.scales import Scale, parse_eps
@@ -87,8 +88,9 @@ def grid(
     """All combinations as cells, in table order; anything unknown or out of range is an error before any work.
 
     `models`: names of the scale, or name -> loaded CLIP, folder, or what `models.load` takes. `attacks`: names as in
-    the papers, or name -> attack. `roles`: by default all of the scale that have classes. `eps` replaces the budgets of
-    the attacks. Clean cells are not repeated over attackers and eps.
+    the papers, or name -> attack (any torchattacks.Attack will do). `roles`: by default all of the scale that have
+    classes. `eps` replaces the budgets of the attacks. Clean cells are not repeated over attackers and eps, nor attacks
+    on prompts over eps.
     """
     chosen = find_scale(scale)
     for attacker in attackers:
@@ -98,12 +100,14 @@ def grid(
         raise ValueError(f"template={template!r} has no {{}}; put {{}} where the class name goes")
     models = models if isinstance(models, Mapping) else {name: chosen.model(name) for name in models}
     attacks = attacks if isinstance(attacks, Mapping) else {name: chosen.attack(name) for name in attacks}
+    attacks = {name: as_attack(attack) for name, attack in attacks.items()}
     if not isinstance(defenses, Mapping):
         defenses = {"none" if defense is None else type(defense).__name__: defense for defense in defenses}
     budgets = [None] if eps is None else [parse_eps(value) for value in eps]
     cells = []
     for (model, spec), name, (attack_name, attack) in product(models.items(), _roles(chosen, roles), attacks.items()):
-        variants = list(product(budgets, attackers)) if attack else [(None, "none")]
+        own_budgets = budgets if hasattr(attack, "eps") else [None]
+        variants = list(product(own_budgets, attackers)) if attack else [(None, "none")]
         for (budget, attacker), seed, (defense_name, defense) in product(variants, seeds, defenses.items()):
             cells.append(Cell(
                 scale=chosen, model=model, spec=spec, role=name, n=n or chosen.images_of(name), seed=seed,
@@ -127,8 +131,9 @@ def _tuned(component: Callable | None, **settings: Any) -> Callable | None:
         return None
     if " at 0x" in repr(component):
         raise ValueError(f"{component!r} has no repr that tells its settings; make it a frozen dataclass")
-    own = {entry.name for entry in fields(component)}
-    settings = {name: value for name, value in settings.items() if name in own and value is not None}
-    if "eps" in settings:
-        check_range("eps", settings["eps"], 0, math.inf if getattr(component, "norm", "linf") == "l2" else 1)
-    return replace(component, **settings)
+    own = {entry.name: getattr(component, entry.name) for entry in fields(component) if entry.init}
+    changes = {name: value for name, value in settings.items() if name in own and value is not None}
+    if "eps" in changes:
+        check_range("eps", changes["eps"], 0, math.inf if getattr(component, "norm", "linf") == "l2" else 1)
+    parts = {name: _tuned(value, **settings) for name, value in own.items() if is_dataclass(value)}
+    return replace(component, **changes, **parts)

@@ -7,18 +7,16 @@ scale("course.toml")                    # a scale of your own; copy one from ass
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
 
-from robustclip.attacks import FGSM, PGD, UniformNoise
-from robustclip.attacks.base import Attack
 from robustclip.checks import check_choice, check_range
 from robustclip.data.roles import role_names
 from robustclip.data.sources import SOURCES
-
-ATTACKS = ("clean", "noise", "FGSM", "PGD-10", "PGD-20", "PGD-50", "PGD-100")
+from robustclip.study.named import named_attack
 
 
 def parse_eps(text: str | float) -> float:
@@ -70,18 +68,10 @@ class Scale:
         check_choice(f"role at scale {self.name}", name, self.roles)
         return self.role_images.get(name, self.images)
 
-    def attack(self, name: str, eps: str | float | None = None, seed: int = 0) -> Attack | None:
+    def attack(self, name: str, eps: str | float | None = None, seed: int = 0) -> Callable | None:
         """The attack that plays `name` here, at the reference eps unless told otherwise; None for "clean"."""
         budget = check_range("eps", self.reference_eps if eps is None else parse_eps(eps), 0, 1)
-        if name == "clean":
-            return None
-        if name == "noise":
-            return UniformNoise(eps=budget, seed=seed)
-        if name == "FGSM":
-            return FGSM(eps=budget)
-        if match := re.fullmatch(r"PGD-([1-9]\d*)", name):
-            return PGD(eps=budget, steps=self.steps.get(name, int(match[1])), seed=seed)
-        raise ValueError(f"unknown attack {name!r}; choose one of: {', '.join(ATTACKS)} (or PGD-k for k steps)")
+        return named_attack(name, budget, self.steps, seed)
 
 
 def scale(name: str | Scale) -> Scale:

@@ -21,7 +21,8 @@ import pandas as pd
 from robustclip.checks import check_folder
 
 FORMAT = "robustclip-cell-1"
-CODE = ("models.py", "data", "attacks", "defenses", "training")  # what a measured number depends on
+# What a measured number depends on.
+CODE = ("component.py", "models.py", "fast.py", "data", "attacks", "defenses", "training")
 LIBRARIES = ("robustclip", "torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pandas")
 PART = ".part.jsonl"
 
@@ -136,6 +137,9 @@ class Store:
         cell = ("scale", "model", "role", "attack", "attacker", "defense", "eps", "n", "seed")
         rows = [_row(path) for end in (".json", PART) for path in sorted(self.root.glob(f"*/*{end}"))]
         return pd.DataFrame(rows, columns=["state", *cell, "done", "date", "file", "problem"])
+
+
+Where = Store | str | Path | None  # of results: a store, its folder, or the default one
 
 
 def _row(path: Path) -> dict:

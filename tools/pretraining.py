@@ -15,22 +15,11 @@ from torch.nn import functional as F
 
 from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, vocabulary
-from robustclip.data.tinyworld import ANY, Scenes
+from robustclip.data.tinyworld import ANY, training_scenes
 from robustclip.models import CONFIG, WEIGHTS
 
 CONTEXT = 24  # tokens per caption
-BATCH = 256
 MLM_SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-STYLE_SHARES = {
-    "photo": 0.68,
-    "sketch": 0.07,
-    "poster": 0.07,
-    "clutter": 0.06,
-    "scan": 0.05,
-    "closeup": 0.04,
-    "aerial": 0.03,
-}
-PAIR_SHARE = 0.15  # of photos that show two objects
 CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
@@ -56,21 +45,6 @@ CLIP_CONFIG = {
 
 
 # --- what the models see ----------------------------------------------------------------------------------------------
-
-
-def training_scenes(batch: int) -> Scenes:
-    """One batch of scenes of the pre-training stream; none shows a held-out color-shape pair."""
-    random = tinyworld.generator("pretrain/scenes", batch)
-    styles = tinyworld.values("style")
-    shares = torch.tensor([STYLE_SHARES[name] for name in styles])
-    style = torch.multinomial(shares, BATCH, replacement=True, generator=random)
-    count = torch.ones(BATCH, dtype=torch.long)
-    pair = torch.rand(BATCH, generator=random) < PAIR_SHARE
-    count[pair & (style == styles.index("photo"))] = 2
-    count[style == styles.index("aerial")] = 0
-    count[(torch.rand(BATCH, generator=random) < 0.03) & (style == styles.index("photo"))] = 0
-    free = torch.full((BATCH, 4), ANY)
-    return tinyworld.sample_scenes(random, free, count, style, exclude_held_out=True)
 
 
 class Stream(torch.utils.data.Dataset):
@@ -180,7 +154,7 @@ def train_clip(folder: Path, steps: int, workers: int = 1, peak: float = 2e-3, r
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
             _save(model, folder)
     _save(model, folder)
-    return {"steps": steps, "images": steps * BATCH, "seconds": round(time.time() - start), "device": device}
+    return {"steps": steps, "images": steps * tinyworld.BATCH, "seconds": round(time.time() - start), "device": device}
 
 
 # --- masked language model --------------------------------------------------------------------------------------------
@@ -227,7 +201,8 @@ def train_mlm(folder: Path, steps: int, peak: float = 2e-3, report_every: int = 
         if step % report_every == report_every - 1:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
     model.save_pretrained(folder, safe_serialization=True)
-    return {"steps": steps, "sentences": steps * BATCH, "seconds": round(time.time() - start), "device": "cpu"}
+    sentences_seen = steps * tinyworld.BATCH
+    return {"steps": steps, "sentences": sentences_seen, "seconds": round(time.time() - start), "device": "cpu"}
 
 
 @torch.no_grad()

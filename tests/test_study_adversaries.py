@@ -1,0 +1,153 @@
+"""Prompts and both attacked in a grid, and audits whose flags stay with the results."""
+
+import pytest
+import torch
+
+from robustclip import models
+from robustclip.attacks import PGD, SepAttack
+from robustclip.attacks.multimodal import predictions
+from robustclip.attacks.text import TextAttack
+from robustclip.audit import CHECKS
+from robustclip.component import component
+from robustclip.data.sources import load_samples
+from robustclip.models import ZeroShotClassifier
+from robustclip.study import Store, audit_cell, evaluate, grid, outcomes
+from study_fakes import Darken, FakeClip, Step
+
+
+@component
+class Rotate(TextAttack):
+    """Every class gets the prompt of the next one; counts how often it is asked."""
+
+    calls = 0
+
+    def __call__(self, clip, prompts):
+        type(self).calls += 1
+        return [*prompts[1:], prompts[0]]
+
+
+@component
+class Peek(TextAttack):
+    """Rotates the prompts if the held-out images it asked for have as many labels as images, else does nothing."""
+
+    images: int = 7
+
+    def __call__(self, clip, prompts, images, labels):
+        assert images.shape == (self.images, 3, 32, 32)
+        train = load_samples("cifar10", split="train", n=self.images)
+        assert torch.equal(images, train.images)
+        assert torch.equal(labels, train.labels)
+        return [*prompts[1:], prompts[0]]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return models.load(device="cpu")
+
+
+def cells(clip, attacks, **options):
+    return grid("quick", {"clip": clip}, **({"roles": ["cifar10"], "n": 12} | options), attacks=attacks)
+
+
+def predicted(classifier, images):
+    with torch.no_grad():
+        return classifier(images).argmax(1)
+
+
+@pytest.mark.parametrize("attack", [Rotate(), Peek()], ids=repr)
+def test_attacked_prompts_classify_clean_images(tmp_path, attack):
+    row = evaluate(cells(FakeClip(), {"text": attack}), tmp_path).iloc[0]
+    samples = load_samples("cifar10", n=12)
+    rotated = [*samples.prompts[1:], samples.prompts[0]]
+    expected = predicted(ZeroShotClassifier(FakeClip(), rotated), samples.images) == samples.labels
+    assert outcomes(row, tmp_path).tolist() == expected.tolist()
+    assert row["eps"] == 0
+    assert row["flags"] == "not audited"
+
+
+def test_prompts_are_attacked_once_for_all_batches(tmp_path):
+    Rotate.calls = 0
+    whole = evaluate(cells(FakeClip(), {"text": Rotate()}), tmp_path / "a").iloc[0]
+    parts = evaluate(cells(FakeClip(), {"text": Rotate()}), tmp_path / "b", batch_size=5).iloc[0]
+    assert Rotate.calls == 2
+    assert outcomes(whole, tmp_path / "a").tolist() == outcomes(parts, tmp_path / "b").tolist()
+
+
+@pytest.mark.parametrize("reading", ["released", "attacked", "worst"])
+@pytest.mark.parametrize("attacker", ["blind", "aware"])
+def test_an_image_stands_if_it_stands_in_every_pair(tmp_path, clip, reading, attacker):
+    """By hand: the defense stands before the scoring classifier, and before the attacked one if the attacker knows."""
+    attack, defense = SepAttack(image=PGD(eps=2 / 255, steps=2), text=Rotate(), reading=reading), Darken(factor=0.8)
+    options = {"defenses": {"dark": defense}, "attackers": [attacker]}
+    row = evaluate(cells(clip, {"both": attack}, **options), tmp_path, batch_size=6).iloc[0]
+    samples = load_samples("cifar10", n=12)
+
+    def defended(clip, prompts):
+        return defense(ZeroShotClassifier(clip, prompts))
+
+    seen = defended if attacker == "aware" else ZeroShotClassifier
+    pairs = attack.pairs(clip, samples.prompts, samples.images, samples.labels, seen)
+    stands = [predictions(pair, samples.labels, clip, defended) == samples.labels for pair in pairs]
+    assert len(pairs) == (3 if reading == "worst" else 1)
+    assert outcomes(row, tmp_path).tolist() == torch.stack(stands).all(0).tolist()
+    assert row["eps"] == 2 / 255
+
+
+def test_a_blind_attack_on_a_defense_is_flagged_for_nothing(tmp_path):
+    attacks, defenses = {"clean": None, "Step": Step()}, {"none": None, "dark": Darken()}
+    rows = evaluate(cells(FakeClip(), attacks, defenses=defenses, attackers=["blind", "aware"]), tmp_path)
+    flags = {(row["attack"], row["defense"], row["attacker"]): row["flags"] for _, row in rows.iterrows()}
+    assert flags == {
+        ("clean", "none", "none"): "", ("clean", "dark", "none"): "",
+        ("Step", "none", "blind"): "not audited", ("Step", "none", "aware"): "not audited",
+        ("Step", "dark", "blind"): "blind; not audited", ("Step", "dark", "aware"): "not audited",
+    }  # fmt: skip
+
+
+@component
+class Hidden:
+    """A defense without gradients: rounded pixels."""
+
+    levels: int = 8
+
+    def __call__(self, classifier):
+        return lambda images: classifier((images * self.levels).round() / self.levels)
+
+
+def test_flags_are_stored_with_the_result(tmp_path, clip):
+    """The audit catches rounding; a later call reads the flags, and only a larger audit replaces them."""
+    chosen = cells(clip, {"PGD": PGD(eps=2 / 255, steps=3)}, defenses={"rounding": Hidden()}, attackers=["aware"])
+    assert evaluate(chosen, tmp_path)["flags"].tolist() == ["not audited"]
+    first = evaluate(chosen, tmp_path, audit=4).iloc[0]
+    assert "gradients" in first["flags"].split("; ")
+    (record,) = Store(tmp_path).records("quick")
+    assert "; ".join(record["flags"]) == first["flags"]
+    assert record["audited"] == 4
+    assert evaluate(chosen, tmp_path).iloc[0]["flags"] == first["flags"]
+    evaluate(chosen, tmp_path, audit=3)
+    assert Store(tmp_path).records("quick") == [record]
+    evaluate(chosen, tmp_path, audit=8)
+    (record,) = Store(tmp_path).records("quick")
+    assert record["audited"] == 8
+
+
+def test_an_audit_of_one_cell(tmp_path, clip):
+    (cell,) = cells(clip, {"PGD": PGD(eps=2 / 255, steps=3)}, n=6)
+    found = audit_cell(cell, tmp_path, device="cpu")
+    assert [finding.check for finding in found.findings] == list(CHECKS)
+    (record,) = Store(tmp_path).records("quick")
+    assert record["flags"] == list(found.flags)
+    assert record["audited"] == 6
+
+
+def test_there_is_nothing_to_audit_without_an_attack_on_images(tmp_path):
+    clean, text = cells(FakeClip(), {"clean": None, "text": Rotate()})
+    for cell in (clean, text):
+        with pytest.raises(ValueError, match="changes no images; audit an attack on images"):
+            audit_cell(cell, tmp_path)
+    assert evaluate([clean, text], tmp_path, audit=5)["flags"].tolist() == ["", "not audited"]
+
+
+def test_audit_must_be_a_count(tmp_path):
+    with pytest.raises(ValueError, match=r"audit=-1 is not allowed"):
+        evaluate(cells(FakeClip(), {"clean": None}), tmp_path, audit=-1)
