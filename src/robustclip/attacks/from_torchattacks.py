@@ -1,0 +1,196 @@
+"""Any attack of torchattacks as one of ours: `FromTorchattacks(name="FAB", eps=4/255)`, or `adapt(instance)`."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustclip import _torchvision
+from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier
+from robustclip.checks import check_choice, check_integer
+from robustclip.component import component
+
+L2_ONLY = ("CW", "DeepFool", "PGDL2", "PGDRSL2")
+OURS = ("model", "eps", "seed", "verbose")  # arguments of torchattacks that are fields of ours, or not wanted
+STORED = {  # settings that torchattacks stores under another name
+    "rho": "thr_decr",
+    "resc_schedule": "rescale_schedule",
+    "max_iterations": "max_patches",
+    "noise_type": "noise_func.noise_type",
+    "noise_sd": "noise_func.noise_sd",
+    "x_dimensions": "p1_x_dimensions",
+    "y_dimensions": "p1_y_dimensions",
+}
+
+
+@component
+class FromTorchattacks(Attack):
+    """The class `name` of torchattacks with its `settings`; without eps for those that have none, such as CW.
+
+    What comes back is moved into the budget if one is given. Random numbers come from one generator per call, so unlike
+    in our own attacks neighbors matter where torchattacks draws any. Attacks on several targets never ask for more
+    classes than there are. Attacks of other modules are named in full, "module.Class".
+
+    FromTorchattacks(name="FAB", eps=4/255, settings={"multi_targeted": True})   FAB-T
+    FromTorchattacks(name="CW", settings={"steps": 200})                         the L2 attack of Carlini and Wagner
+    """
+
+    name: str
+    eps: float = math.inf
+    settings: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", tuple(sorted(dict(self.settings).items())))
+        known = arguments(self.name)
+        for setting, _ in self.settings:
+            check_choice(f"setting of {self.name}", setting, [each for each in known if each not in OURS])
+        if self.eps != math.inf or "eps" in known:
+            super().__post_init__()
+        check_integer("seed", self.seed, 0, MAX_SEED)
+
+    def __repr__(self) -> str:
+        """The call that makes this object again."""
+        told = {"name": self.name, "eps": self.eps, "settings": dict(self.settings), "seed": self.seed}
+        defaults = {"eps": math.inf, "settings": {}, "seed": 0}
+        return f"FromTorchattacks({', '.join(f'{k}={v!r}' for k, v in told.items() if v != defaults.get(k))})"
+
+    @property
+    def norm(self) -> str:
+        """The norm that measures `eps`."""
+        return dict(self.settings).get("norm", "L2" if self.name in L2_ONLY else "Linf").lower()
+
+    def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """Let torchattacks work on the images, then keep what is a number and lies in the budget."""
+        with seeded(self.seed, images.device), torch.enable_grad():
+            attack = self.build(Model(classifier, images), images[:1])
+            found = attack(images.float(), labels).detach().to(images)
+        found = torch.where(found.isfinite(), found, images)
+        if self.eps < math.inf:
+            found = images + NORMS[self.norm].project(found - images, self.eps)
+        return found.clamp(0, 1)
+
+    def build(self, model: nn.Module, image: Tensor) -> Any:
+        """The torchattacks object for a model."""
+        known, settings = arguments(self.name), dict(self.settings)
+        ours = {"model": model, "eps": self.eps, "seed": self.seed}
+        settings |= {name: value for name, value in ours.items() if name in known}
+        if "n_classes" in known:
+            settings["n_classes"] = min(settings.get("n_classes", 10), model(image).shape[1])
+        if "attacks" in settings:  # the parts of a MultiAttack
+            settings["attacks"] = [part.build(model, image) for part in settings["attacks"]]
+        return load(self.name)(**settings)
+
+
+def adapt(attack: Any) -> FromTorchattacks:
+    """An instance of torchattacks as a `FromTorchattacks`, which takes the classifier it is called with instead."""
+    kind, settings = type(attack), {}
+    name = kind.__name__ if kind.__module__.startswith("torchattacks.") else f"{kind.__module__}.{kind.__name__}"
+    for argument, default in signature(kind).parameters.items():
+        if argument not in OURS and (value := _recall(attack, argument)) != default.default:
+            settings[argument] = value
+    if attack.attack_mode != "default" or attack.normalization_used or attack.return_type != "float":
+        raise ValueError(f"{name} must keep its default mode, float results and pixels in [0, 1]; make a plain one")
+    own = {"eps": attack.eps} if "eps" in signature(kind).parameters else {}
+    return FromTorchattacks(name=name, settings=settings, seed=getattr(attack, "seed", None) or 0, **own)
+
+
+def _recall(attack: Any, argument: str) -> Any:
+    """The value that `attack` was made with."""
+    if argument == "attacks":
+        return tuple(adapt(part) for part in attack.attacks)
+    if argument == "n_classes" and hasattr(attack, "n_target_classes"):
+        return attack.n_target_classes + 1
+    try:
+        return attrgetter(STORED.get(argument, argument))(attack)
+    except AttributeError as error:
+        name = type(attack).__name__
+        raise ValueError(f"cannot tell the {argument} of this {name}; write FromTorchattacks(name={name!r}) instead"
+                         ) from error  # fmt: skip
+
+
+def as_attack(attack: Callable) -> Callable:
+    """Our attacks as they are, instances of torchattacks adapted."""
+    return adapt(attack) if is_theirs(type(attack)) else attack
+
+
+def is_theirs(kind: type) -> bool:
+    """Whether `kind` is an attack of torchattacks; found out without importing it."""
+    return any(f"{base.__module__}.{base.__name__}" == "torchattacks.attack.Attack" for base in kind.__mro__)
+
+
+def load(name: str) -> type:
+    """The class called `name` in torchattacks, or "module.Class" elsewhere."""
+    _torchvision.prepare()
+    module, _, kind = name.rpartition(".")
+    found = getattr(import_module(module or "torchattacks"), kind, None)
+    if not (isinstance(found, type) and is_theirs(found)):
+        raise ValueError(f"unknown attack {name!r}; name a class of torchattacks, such as FAB, CW or PGDL2")
+    return found
+
+
+def arguments(name: str) -> tuple[str, ...]:
+    """What the constructor of the class `name` takes."""
+    return tuple(signature(load(name)).parameters)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global random states, which torchattacks draws from, and restore them afterwards."""
+    drawn = np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(drawn)  # noqa: NPY002
+
+
+class Model(nn.Module):
+    """A classifier as torchattacks wants it: a module on a device, with float32 pixels and logits.
+
+    Gradients reach the pixels only: some attacks call backward, which would fill the gradients of all weights.
+    """
+
+    def __init__(self, classifier: Classifier, images: Tensor) -> None:
+        super().__init__()
+        self.classify: Callable[[Tensor], Tensor] = lambda points: classifier(points.to(images.dtype)).float()
+        self.place = nn.Parameter(torch.zeros((), device=images.device))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of (n, 3, h, w) pixels."""
+        if torch.is_grad_enabled() and images.requires_grad:
+            return PixelGradient.apply(images, self.classify)
+        return self.classify(images)
+
+
+class PixelGradient(torch.autograd.Function):
+    """A function of the pixels whose backward pass stops at the pixels."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits; their graph is kept for the backward pass."""
+        with torch.enable_grad():
+            ctx.images = images.detach().requires_grad_()
+            ctx.logits = classify(ctx.images)
+        if not ctx.logits.requires_grad:
+            raise ValueError(
+                "the classifier's logits carry no gradient; remove no_grad or detach from its forward pass"
+            )
+        return ctx.logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, upper: Tensor) -> tuple[Tensor, None]:
+        """Gradient of the pixels; NaN in it would fake robustness, so it is an error."""
+        (gradient,) = torch.autograd.grad(ctx.logits, ctx.images, upper, retain_graph=True)
+        if gradient.isnan().any():
+            raise ValueError("the classifier's gradient contains NaN; look for square roots or divisions at zero in it")
+        return gradient, None

@@ -1,0 +1,173 @@
+"""Square Attack (Andriushchenko et al., 2020): random search that only asks the classifier for its scores."""
+
+from bisect import bisect_left
+
+import torch
+from torch import Tensor
+
+from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier, own_noise
+from robustclip.attacks.losses import margin
+from robustclip.checks import check_choice, check_integer, check_range
+from robustclip.component import component
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries, where the share p of pixels is halved
+CHUNK = 128  # queries for which random numbers are drawn at once
+
+
+@component
+class Square(Attack):
+    """Change one random square of the image at a time and keep what raises the margin; no gradient is used.
+
+    `p_init` is the share of pixels in the first squares; it shrinks as queries are spent. Each image is shown at most
+    `queries` times per restart, and has squares of its own.
+    """
+
+    queries: int = 5000
+    p_init: float = 0.8
+    norm: str = "linf"
+    restarts: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, NORMS)
+        super().__post_init__()
+        check_integer("queries", self.queries, 1)
+        check_range("p_init", self.p_init, 0, 1)
+        check_integer("restarts", self.restarts, 1)
+        check_integer("seed", self.seed, 0, MAX_SEED)
+
+    def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """The first image that fools, else the one of highest margin over all restarts."""
+        best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
+        standing = torch.arange(len(images), device=images.device)
+        for restart in range(self.restarts):
+            seed = self.seed + 7919 * restart
+            found, margins, broken = self.search(classifier, images[standing], labels[standing], seed)
+            better = broken | (margins > highest[standing])
+            best[standing[better]], highest[standing[better]] = found[better], margins[better]
+            standing = standing[~broken]
+            if not len(standing):
+                break
+        return best
+
+    def search(
+        self, classifier: Classifier, images: Tensor, labels: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One run: the best image, its margin, and whether it fools, for every image; broken ones leave at once."""
+        squares = SQUARES[self.norm](images, self.eps)
+        best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
+        broken = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        rows = torch.arange(len(images), device=images.device)
+        points = squares.start(images, own_noise(images.float(), seed, squares.at_start))
+        for query in range(self.queries):
+            scores = self.look(classifier, points)
+            margins, won = margin(scores, labels[rows]), self.won(scores, labels[rows])
+            better = won | (margins > highest[rows])
+            best[rows[better]], highest[rows[better]], broken[rows] = points[better], margins[better], won
+            if query % CHUNK == 0:
+                noise = own_noise(images[rows].float(), seed + 1_000_003 * (1 + query // CHUNK), (CHUNK, squares.each))
+            if won.any():
+                rows, noise = rows[~won], noise[~won]
+                if not len(rows):
+                    break
+            points = squares.propose(images[rows], best[rows], noise[:, query % CHUNK], self.share(query + 1))
+        return best, highest, broken
+
+    def share(self, query: int) -> float:
+        """The share p of the image's pixels in the square of this query."""
+        return self.p_init / 2 ** bisect_left(HALVINGS, query * 10_000 // self.queries)
+
+
+class LinfSquares:
+    """Pixels of a square become x + eps or x - eps, one sign for each color; all begin as vertical stripes."""
+
+    def __init__(self, images: Tensor, eps: float) -> None:
+        self.eps, self.sides = eps, images.shape[-2:]
+        self.at_start, self.each = (3, 1, images.shape[-1]), 5  # numbers drawn per image, and per query
+
+    def start(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Stripes one pixel wide, of random sign."""
+        return (images + self.eps * noise.sign().to(images)).clamp(0, 1)
+
+    def propose(self, images: Tensor, best: Tensor, noise: Tensor, share: float) -> Tensor:
+        """The best images, each with one new square; `noise` (n, 5) in [-1, 1]."""
+        side = max(round((share * self.sides[0] * self.sides[1]) ** 0.5), 1)
+        inside = window(noise[:, :2], side, self.sides)
+        changed = images + self.eps * noise[:, 2:].sign().to(images)[:, :, None, None]
+        return torch.where(inside, changed.clamp(0, 1), best)
+
+
+class L2Squares:
+    """Energy moves from one square to another, where it takes the shape of two opposite bumps."""
+
+    def __init__(self, images: Tensor, eps: float) -> None:
+        self.eps, self.sides = eps, images.shape[-2:]
+        self.tile = max(min(self.sides) // 5, 1)
+        self.tiles = [length // self.tile for length in self.sides]
+        self.at_start, self.each = (4, *self.tiles), 8
+
+    def start(self, images: Tensor, noise: Tensor) -> Tensor:
+        """A centered grid of bumps, 5 x 5 on most images."""
+        bumps = self._bumps(self.tile, noise.movedim(1, -1).to(images))  # (n, rows, columns, 3, tile, tile)
+        grid = bumps.permute(0, 3, 1, 4, 2, 5).reshape(len(images), 3, *(self.tile * count for count in self.tiles))
+        top, left = ((length - part) // 2 for length, part in zip(self.sides, grid.shape[-2:], strict=True))
+        delta = torch.zeros_like(images)
+        delta[:, :, top : top + grid.shape[-2], left : left + grid.shape[-1]] = grid
+        return self._within(images, delta)
+
+    def propose(self, images: Tensor, best: Tensor, noise: Tensor, share: float) -> Tensor:
+        """Take the energy of two windows, and what the budget leaves, and put it all into the first of them.
+
+        It becomes the sum of its old pattern and a bump, both of unit length per color; `noise` (n, 8) in [-1, 1].
+        """
+        side = min(max(round((share * self.sides[0] * self.sides[1]) ** 0.5), 3) | 1, *self.sides)
+        delta = best - images
+        first, second = window(noise[:, :2], side, self.sides), window(noise[:, 2:4], side, self.sides)
+        unused = (self.eps**2 - (delta**2).sum((1, 2, 3), keepdim=True)).clamp(min=0) / 3
+        energy = unused + (delta**2 * (first | second)).sum((1, 2, 3), keepdim=True)
+        added = torch.zeros_like(delta).masked_scatter_(
+            first.expand_as(delta), self._bumps(side, noise[:, 4:].to(delta))
+        )
+        pattern = added + _unit(delta * first)
+        delta = torch.where(first, _unit(pattern) * energy.sqrt(), delta.masked_fill(second, 0))
+        return self._within(images, delta)
+
+    def _bumps(self, side: int, noise: Tensor) -> Tensor:
+        """Bumps (..., 3, side, side) from `noise` (..., 4): three signs, and a coin that says which way they lie."""
+        shape = bumps(side).to(noise)
+        lying = torch.where((noise[..., 3] > 0)[..., None, None], shape, shape.T)
+        return noise[..., :3].sign()[..., None, None] * lying[..., None, :, :]
+
+    def _within(self, images: Tensor, delta: Tensor) -> Tensor:
+        return (images + self.eps * NORMS["l2"].ascend(delta)).clamp(0, 1)
+
+
+SQUARES = {"linf": LinfSquares, "l2": L2Squares}
+
+
+def window(noise: Tensor, side: int, sides: tuple[int, int]) -> Tensor:
+    """Which pixels (n, 1, h, w) lie in a square at the random place that `noise` (n, 2) in [-1, 1] names."""
+    inside = []
+    for place, length in zip(noise.T, sides, strict=True):
+        first = ((place + 1) / 2 * (length - side + 1)).long().clamp(max=length - side)[:, None]
+        pixels = torch.arange(length, device=noise.device)
+        inside.append((pixels >= first) & (pixels < first + side))
+    return inside[0][:, None, :, None] & inside[1][:, None, None, :]
+
+
+def bumps(side: int) -> Tensor:
+    """Two opposite bumps in a square, of unit length together: nested rectangles of height 1/k^2, k = 1 in the center."""
+
+    def bump(height: int) -> Tensor:
+        distance = [(torch.arange(length) - length // 2).abs() for length in (height, side)]
+        levels = 1 / torch.arange(1.0, max(height, side) // 2 + 2) ** 2
+        level = levels.flip(0).cumsum(0).flip(0)[torch.maximum(distance[0][:, None], distance[1])]
+        return level / level.norm()
+
+    both = torch.cat([bump(side // 2), -bump(side - side // 2)])
+    return both / both.norm()
+
+
+def _unit(delta: Tensor) -> Tensor:
+    """Each color of each image at unit length."""
+    return delta / delta.norm(dim=(2, 3), keepdim=True).clamp(min=1e-12)
