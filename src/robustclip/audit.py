@@ -144,6 +144,15 @@ class Case:
         target, guess = getattr(self.attack, "target_class", None), logits.argmax(1)
         return guess != labels if target is None else guess == target
 
+    @cached_property
+    def spread(self) -> float:
+        """Largest minus smallest logit of a typical image, the yardstick for differences of logits."""
+        return max(float((self.clean.amax(1) - self.clean.amin(1)).median()), 1e-12)
+
+    def apart(self, first: Tensor, second: Tensor) -> float:
+        """The largest difference between two tables of logits, as a share of the spread."""
+        return float((first - second).abs().max()) / self.spread
+
     def changed(self, needed: str, **settings: Any) -> Callable:
         """The attack with other settings, as far as it has them; it must have the one called `needed`."""
         known = [one.name for one in fields(self.attack) if one.init] if is_dataclass(self.attack) else []
@@ -183,23 +192,13 @@ def finding(value: float, limit: float, text: str) -> Finding:
     return Finding("", not value <= limit, value, limit, text)  # NaN is flagged
 
 
-def spread(logits: Tensor) -> Tensor:
-    """Largest minus smallest logit of each image (n,), the yardstick for differences of logits."""
-    return (logits.amax(1) - logits.amin(1)).clamp(min=1e-12)
-
-
-def apart(first: Tensor, second: Tensor) -> float:
-    """The largest difference of two tables of logits, relative to the spread of the first."""
-    return float(((first - second).abs().amax(1) / spread(first)).max())
-
-
 # --- checks of the classifier -----------------------------------------------------------------------------------------
 
 
 def random_output(case: Case) -> Finding:
     """Two passes over the same images must agree."""
     first, second = case.look(case.images), case.look(case.images)
-    share, turned = apart(first, second), int((first.argmax(1) != second.argmax(1)).sum())
+    share, turned = case.apart(first, second), int((first.argmax(1) != second.argmax(1)).sum())
     text = f"Two passes over the same images differ by {share:.2g} of the spread of logits; {turned} decisions turn."
     return finding(share, SAME, text)
 
@@ -227,8 +226,8 @@ def neighbours(case: Case) -> Finding:
     case.steady()
     moves = []
     for images, logits in ((case.images, case.clean), (case.attempt[0], case.scores)):
-        moves.append(apart(logits[:ALONE], case.look(images[:ALONE], size=1)))
-        moves.append(apart(logits, case.look(images.flip(0), size=max(2, case.batch_size // 3)).flip(0)))
+        moves.append(case.apart(logits[:ALONE], case.look(images[:ALONE], size=1)))
+        moves.append(case.apart(logits, case.look(images.flip(0), size=max(2, case.batch_size // 3)).flip(0)))
     text = f"Logits move by up to {max(moves):.2g} of their spread when an image is alone or in other company."
     return finding(max(moves), COMPANY, text)
 
@@ -239,7 +238,7 @@ def precision(case: Case) -> Finding:
     fast = _fast_scores(case)
     flips = fast.argmax(1) != case.scores.argmax(1)
     gap = case.scores.amax(1) - case.scores.gather(1, fast.argmax(1)[:, None])[:, 0]
-    clear, stand = int((flips & (gap > ROUNDING * spread(case.scores))).sum()), ~case.broken(fast, case.labels)
+    clear, stand = int((flips & (gap > ROUNDING * case.spread)).sum()), ~case.broken(fast, case.labels)
     text = (
         f"In bfloat16 {int(flips.sum())} of {len(flips)} decisions on attacked images turn, {clear} of them clear; "
         f"{int(stand.sum())} images stand instead of {len(case.standing)}."
