@@ -430,6 +430,20 @@ def test_to_the_end_fools_wherever_the_attack_does_and_climbs_higher(attack):
     assert not (late == images).flatten(1).all(1).any(), "images that were wrong before are attacked, too"
 
 
+def test_to_the_end_prefers_a_point_that_fools_to_one_of_higher_loss():
+    """From p = (.45, .55, 0), where class 0 loses, to (.4, .3, .3), where it wins at a higher cross-entropy."""
+
+    def classifier(points):
+        t = ((points.flatten(1).mean(1) - 0.5) / 0.1)[:, None].clamp(0, 1)
+        return (torch.tensor([0.45, 0.55, 1e-6]) + t * torch.tensor([-0.05, -0.25, 0.3])).log()
+
+    images, labels = torch.full((2, 3, SIDE, SIDE), 0.5), torch.zeros(2, dtype=torch.long)
+    assert classifier(images + 0.1).argmax(1).tolist() == [0, 0]
+    found = to_the_end(PGD(eps=0.1, steps=20, random_start=False), classifier, images, labels)
+    assert classifier(found).argmax(1).tolist() == [1, 1]
+    assert (found - images).abs().max() > 0.03, "the last one that fools"
+
+
 def test_other_image_attacks_run_as_they_are():
     clip, images = tiny_clip(), tiny_images()
     labels, classifier = own_labels(clip, images), ZeroShotClassifier(clip, PROMPTS)
@@ -626,6 +640,20 @@ def test_the_noise_of_sga_is_normal_and_new_in_each_turn():
     assert not any(torch.equal(one, two) for one, two in zip(views[0], views[1], strict=True))
     start = own_noise(images, 0)
     assert abs(np.corrcoef(start[0].flatten(), views[0][0][0].flatten())[0, 1]) < 0.05, "not the start again"
+
+
+def test_the_image_of_sga_is_looked_at_with_this_noise(monkeypatch):
+    """The clean image decides on it, not the point where the ascent is; and all views are images."""
+    clip, attack, looks = tiny_clip(), SGA(eps=1e-6, steps=3, scales=(1, 0.5), text=SWAP), []
+    images = tiny_images(4).mul(1.4).sub(0.2).clamp(0, 1)
+    encode = clip.encode_images
+    monkeypatch.setattr(clip, "encode_images", lambda views: looks.append(views.detach()) or encode(views))
+    attack.on_captions(clip, images, some_captions(4))
+    wanted = [view for turn in range(4) for view in attack._views(images, images, turn)]
+    assert len(looks[1:-1]) == len(wanted) == 8
+    for seen, view in zip(looks[1:-1], wanted, strict=True):
+        assert torch.allclose(seen, view, atol=1e-5)
+        assert 0 <= seen.min() <= seen.max() <= 1
 
 
 # --- attackers who know a defense -------------------------------------------------------------------------------------
