@@ -10,7 +10,7 @@ from robustclip.attacks.gradient import LossAscent, Objective
 from robustclip.component import component
 
 MOMENTUM = 0.75  # the share of the new step; the rest goes where the last one went
-RISES = 0.75  # fewer rising steps than this since the last checkpoint halve the step size
+RISES = 0.75  # no more rising steps than this share, since the last checkpoint, halve the step size
 CHECKPOINTS = (22, 41, 57, 70, 80, 87, 93, 99)  # percent of the steps: p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06)
 
 
@@ -19,7 +19,7 @@ class APGD(LossAscent):
     """Auto-PGD; an image's step size starts at 2 eps and is halved, from its best point, when the climb stalls.
 
     With a = 0.75 and P the projection onto the eps-ball around the image and onto [0, 1]:
-    z_{k+1} = P(x_k + step_size * direction(grad_x L(x_k))), x_{k+1} = P(x_k + a (z_{k+1} - x_k) + (1 - a) (x_k - x_{k-1})).
+    z = P(x_k + step_size * direction(grad_x L(x_k))) and x_{k+1} = P(x_k + a (z - x_k) + (1 - a) (x_k - x_{k-1})).
 
     APGD(eps=4/255)                          APGD-CE
     APGD(eps=4/255, loss="dlr")              APGD-DLR
@@ -34,17 +34,15 @@ class APGD(LossAscent):
         rows = torch.arange(len(images), device=images.device)
         current = previous = start
         for step in range(self.steps + 1):
-            climbing = step < self.steps
-            current.requires_grad_(climbing)
-            with torch.set_grad_enabled(climbing):
+            last = step == self.steps
+            current.requires_grad_(not last)
+            with torch.set_grad_enabled(not last):
                 loss, won = objective(current, rows)
-            if climbing and not won.all():
-                gradient = input_gradient(loss, current)
-            else:
-                gradient = torch.zeros_like(current)
+            over = last or won.all()
+            gradient = torch.zeros_like(current) if over else input_gradient(loss, current)
             current = current.detach()
             memory.record(rows, current, gradient, loss.detach(), won)
-            if not climbing or won.all():
+            if over:
                 break
             if won.any():
                 rows, current, previous, gradient = (part[~won] for part in (rows, current, previous, gradient))
@@ -89,7 +87,7 @@ class Memory:
     def check(self, rows: Tensor, points: Tensor, gradient: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """At a checkpoint, `steps` after the last one: halve step sizes and go back to the best point where
 
-        1. the loss rose in fewer than 0.75 of these steps, or
+        1. the loss rose in no more than 0.75 of these steps, or
         2. neither the step size nor the best loss changed since the last checkpoint.
         """
         best = self.best_loss[rows]

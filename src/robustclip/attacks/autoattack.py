@@ -1,13 +1,14 @@
 """AutoAttack (Croce and Hein, 2020): several attacks in turn, each on what the ones before left standing."""
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
 from robustclip.attacks.apgd import APGD
 from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier
 from robustclip.attacks.from_torchattacks import FromTorchattacks
 from robustclip.attacks.losses import margin
-from robustclip.attacks.square import Square
+from robustclip.attacks.square import Square, best_of
 from robustclip.checks import check_choice, check_integer
 from robustclip.component import component
 
@@ -65,15 +66,11 @@ class AutoAttack(Attack):
 
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """The first image that fools, else the one of highest margin."""
-        best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
-        standing = torch.arange(len(images), device=images.device)
-        for part in self.parts:
-            found = self.attack(part).perturb(classifier, images[standing], labels[standing])
-            scores = self.look(classifier, found)
-            margins, broken = margin(scores, labels[standing]), self.won(scores, labels[standing])
-            better = broken | (margins > highest[standing])
-            best[standing[better]], highest[standing[better]] = found[better], margins[better]
-            standing = standing[~broken]
-            if not len(standing):
-                break
-        return best
+        return best_of((partial(self._run, classifier, self.attack(part)) for part in self.parts), images, labels)
+
+    def _run(
+        self, classifier: Classifier, attack: Attack, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = attack.perturb(classifier, images, labels)
+        scores = self.look(classifier, found)
+        return found, margin(scores, labels), self.won(scores, labels)

@@ -1,6 +1,8 @@
 """Square Attack (Andriushchenko et al., 2020): random search that only asks the classifier for its scores."""
 
 from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from robustclip.component import component
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries, where the share p of pixels is halved
 CHUNK = 128  # queries for which random numbers are drawn at once
+
+Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # images, labels -> images, margins, which fool
 
 
 @component
@@ -38,17 +42,8 @@ class Square(Attack):
 
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """The first image that fools, else the one of highest margin over all restarts."""
-        best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
-        standing = torch.arange(len(images), device=images.device)
-        for restart in range(self.restarts):
-            seed = self.seed + 7919 * restart
-            found, margins, broken = self.search(classifier, images[standing], labels[standing], seed)
-            better = broken | (margins > highest[standing])
-            best[standing[better]], highest[standing[better]] = found[better], margins[better]
-            standing = standing[~broken]
-            if not len(standing):
-                break
-        return best
+        runs = (partial(self.search, classifier, seed=self.seed + 7919 * restart) for restart in range(self.restarts))
+        return best_of(runs, images, labels)
 
     def search(
         self, classifier: Classifier, images: Tensor, labels: Tensor, seed: int
@@ -78,6 +73,20 @@ class Square(Attack):
         return self.p_init / 2 ** bisect_left(HALVINGS, query * 10_000 // self.queries)
 
 
+def best_of(runs: Iterable[Run], images: Tensor, labels: Tensor) -> Tensor:
+    """The first image of any run that fools, else the one of highest margin; a run sees only what still stands."""
+    best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
+    standing = torch.arange(len(images), device=images.device)
+    for run in runs:
+        found, margins, broken = run(images[standing], labels[standing])
+        better = broken | (margins > highest[standing])
+        best[standing[better]], highest[standing[better]] = found[better], margins[better]
+        standing = standing[~broken]
+        if not len(standing):
+            break
+    return best
+
+
 class LinfSquares:
     """Pixels of a square become x + eps or x - eps, one sign for each color; all begin as vertical stripes."""
 
@@ -91,7 +100,7 @@ class LinfSquares:
 
     def propose(self, images: Tensor, best: Tensor, noise: Tensor, share: float) -> Tensor:
         """The best images, each with one new square; `noise` (n, 5) in [-1, 1]."""
-        side = max(round((share * self.sides[0] * self.sides[1]) ** 0.5), 1)
+        side = min(max(round((share * self.sides[0] * self.sides[1]) ** 0.5), 1), *self.sides)
         inside = window(noise[:, :2], side, self.sides)
         changed = images + self.eps * noise[:, 2:].sign().to(images)[:, :, None, None]
         return torch.where(inside, changed.clamp(0, 1), best)
@@ -108,8 +117,8 @@ class L2Squares:
 
     def start(self, images: Tensor, noise: Tensor) -> Tensor:
         """A centered grid of bumps, 5 x 5 on most images."""
-        bumps = self._bumps(self.tile, noise.movedim(1, -1).to(images))  # (n, rows, columns, 3, tile, tile)
-        grid = bumps.permute(0, 3, 1, 4, 2, 5).reshape(len(images), 3, *(self.tile * count for count in self.tiles))
+        tiles = self._bumps(self.tile, noise.movedim(1, -1).to(images))  # (n, rows, columns, 3, tile, tile)
+        grid = tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(images), 3, *(self.tile * count for count in self.tiles))
         top, left = ((length - part) // 2 for length, part in zip(self.sides, grid.shape[-2:], strict=True))
         delta = torch.zeros_like(images)
         delta[:, :, top : top + grid.shape[-2], left : left + grid.shape[-1]] = grid
@@ -156,7 +165,7 @@ def window(noise: Tensor, side: int, sides: tuple[int, int]) -> Tensor:
 
 
 def bumps(side: int) -> Tensor:
-    """Two opposite bumps in a square, of unit length together: nested rectangles of height 1/k^2, k = 1 in the center."""
+    """Two opposite bumps, of unit length together: nested rectangles of height 1/k^2, the smallest with k = 1."""
 
     def bump(height: int) -> Tensor:
         distance = [(torch.arange(length) - length // 2).abs() for length in (height, side)]
