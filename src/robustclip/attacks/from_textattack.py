@@ -17,6 +17,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,7 +56,8 @@ def _undisturbed():
         for logger, value in disabled.items():
             logger.disabled = value
         for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
+            if not name.startswith("KMP_"):  # scikit-learn's, without which OpenMP may refuse to load twice
+                del os.environ[name]
         os.environ.update(environment)
 
 
@@ -73,11 +75,11 @@ def _word_lists() -> str:
 def import_textattack() -> ModuleType:
     """The module `textattack`, imported without network, TensorFlow or lasting changes to the process."""
     _torchvision.prepare()
-    import datasets  # noqa: F401  these two read the Hugging Face cache's place, which TextAttack moves for a moment
-    import nltk
-    import transformers  # noqa: F401
-
     with _undisturbed():
+        for name in ("datasets", "matplotlib.font_manager", "transformers"):
+            import_module(name)  # they remember where their caches are, which TextAttack moves
+        import nltk
+
         folder = _word_lists()
         nltk.data.path.append(folder)
         if not Path(os.environ.get("TA_CACHE_DIR", "~/.cache/textattack"), INSTALLED).expanduser().is_file():
@@ -162,6 +164,10 @@ class TextAttackAttack(TextAttack):
         check_integer("words", self.words, 1)
         check_integer("seed", self.seed, 0, MAX_SEED)
 
+    def goal(self, clip: Clip):
+        """TextAttack's goal function: see `_goal`."""
+        return _goal(clip, self.objective, self.words)
+
     @abstractmethod
     def parts(self, clip: Clip) -> tuple[list, Any, Any]:
         """TextAttack's constraints, transformation and search method."""
@@ -170,7 +176,7 @@ class TextAttackAttack(TextAttack):
         """One attacked text per prompt; equal prompts are attacked once."""
         textattack, attacked = import_textattack(), dict.fromkeys(check_texts("prompts", prompts), "")
         with _undisturbed():
-            attack = textattack.Attack(_goal(clip, self.objective, self.words), *self.parts(clip))
+            attack = textattack.Attack(self.goal(clip), *self.parts(clip))
             for prompt in attacked:
                 seed = zlib.crc32(prompt.encode(), self.seed)
                 random.seed(seed)
@@ -184,8 +190,8 @@ class ReferenceBertAttack(TextAttackAttack):
     """BERT-Attack from TextAttack's parts: `WordSwapMaskedLM` proposes, `GreedyWordSwapWIR` searches.
 
     The reference for `BertAttack()`. It differs where a word has several pieces (TextAttack takes the first
-    combinations of all candidates), carries punctuation (TextAttack leaves it out of the word), or has guesses whose
-    logit is below the threshold (TextAttack knows none).
+    combinations of all candidates) or carries punctuation (which it leaves out of the word), where a guess is below the
+    threshold (it knows none), and after a first swap (it asks the language model again).
     """
 
     candidates: int = 10
