@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robustclip.attacks.base import MAX_SEED, NORMS, Classifier, frozen, own_noise
-from robustclip.attacks.gradient import PGD
+from robustclip.attacks.gradient import FGSM, PGD, Ascent, UniformNoise
 from robustclip.attacks.losses import LOSSES, margin
 from robustclip.attacks.square import Square
 from robustclip.checks import check_choice, check_images, check_integer, check_labels
@@ -141,7 +141,7 @@ class Case:
 
     def broken(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Where the attack has what it wants: another class, or its target class."""
-        target, guess = getattr(self.attack, "target_class", None), logits.argmax(1)
+        target, guess = self.setting("target_class"), logits.argmax(1)
         return guess != labels if target is None else guess == target
 
     @cached_property
@@ -153,19 +153,24 @@ class Case:
         """The largest difference between two tables of logits, as a share of the spread."""
         return float((first - second).abs().max()) / self.spread
 
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A setting of the attack, if it has it."""
+        return getattr(_inner(self.attack), name, default)
+
     def changed(self, needed: str, **settings: Any) -> Callable:
         """The attack with other settings, as far as it has them; it must have the one called `needed`."""
-        known = [one.name for one in fields(self.attack) if one.init] if is_dataclass(self.attack) else []
+        own = _inner(self.attack)
+        known = [one.name for one in fields(own) if one.init] if is_dataclass(own) else []
         if needed not in known:
             raise DoesNotApply(f"the attack has no setting {needed!r}")
-        return replace(self.attack, **{name: value for name, value in settings.items() if name in known})
+        return _with_inner(self.attack, replace(own, **{name: settings[name] for name in known if name in settings}))
 
     def ball(self) -> dict[str, Any]:
         """Budget and norm, which a rival has to keep; only for attacks that want any wrong class."""
-        eps, norm = getattr(self.attack, "eps", math.inf), getattr(self.attack, "norm", "linf")
+        eps, norm = self.setting("eps", math.inf), self.setting("norm", "linf")
         if not math.isfinite(eps) or norm not in NORMS:
             raise DoesNotApply("the attack has no budget 'eps' that a rival could keep")
-        if getattr(self.attack, "target_class", None) is not None:
+        if self.setting("target_class") is not None:
             raise DoesNotApply("the attack wants one target class, its rival any wrong one")
         return {"eps": eps, "norm": norm}
 
@@ -185,6 +190,17 @@ class Case:
         whole = f"; {of} images in all" if rows is None else ""
         text = f"{name} broke {fallen} of {len(tried)} images on which the attack had failed{whole}."
         return finding(100 * fallen / of, POINTS, text)
+
+
+def _inner(attack: Any) -> Any:
+    """The attack inside those that only run another one, such as `Fast`."""
+    own = getattr(attack, "attack", None)
+    return _inner(own) if is_dataclass(own) else attack
+
+
+def _with_inner(attack: Any, inner: Any) -> Any:
+    """The same around another inner attack."""
+    return inner if _inner(attack) is attack else replace(attack, attack=_with_inner(attack.attack, inner))
 
 
 def finding(value: float, limit: float, text: str) -> Finding:
@@ -297,15 +313,15 @@ def noise(case: Case) -> Finding:
 
 def _seeds(case: Case, count: int) -> list[int]:
     """Seeds far from those that the attack uses."""
-    first = getattr(case.attack, "seed", 0) + 15485863 * (case.seed + 1)
+    first = case.setting("seed", 0) + 15485863 * (case.seed + 1)
     return [(first + 104729 * turn) % MAX_SEED for turn in range(count)]
 
 
 def single_step(case: Case) -> Finding:
     """One step of length eps must not break what the iterative attack could not."""
-    if getattr(case.attack, "steps", 1) == 1:
+    if isinstance(_inner(case.attack), FGSM | UniformNoise) or case.setting("steps") == 1:
         raise DoesNotApply("the attack does not take several steps itself")
-    step = PGD(**case.ball(), steps=1, step_size=case.attack.eps, random_start=False)
+    step = PGD(**case.ball(), steps=1, step_size=case.setting("eps"), random_start=False)
     return case.rival("A single gradient step", [partial(case.run, step)])
 
 
@@ -331,7 +347,9 @@ class _Follower(nn.Module):
 
 
 def loss_path(case: Case) -> Finding:
-    """The loss must rise along the attack's path, from its first point to the last quarter of its points."""
+    """The loss must rise along an ascent, from its first point to the last quarter of its points."""
+    if not isinstance(_inner(case.attack), Ascent):
+        raise DoesNotApply("the attack does not climb a loss step by step as PGD does")
     stood = torch.isin(case.correct, case.standing)
     rows = torch.cat([case.correct[stood], case.correct[~stood]])[:FOLLOWED]
     if not len(rows):
@@ -348,14 +366,14 @@ def _rises(case: Case, row: Tensor) -> bool:
     if case.broken(case.look(attacked), case.labels[row, None]).all():
         return True
     if len(follower.losses) < 3:
-        raise DoesNotApply("the attack does not ask the classifier at three points or more, so there is no path")
+        raise DoesNotApply("the attack asks the classifier at fewer than three points of an image that withstood it")
     last = follower.losses[-math.ceil(len(follower.losses) / 4) :]
     return sum(last) / len(last) > follower.losses[0]
 
 
 def large_budget(case: Case) -> Finding:
     """Where every image may become mid-gray, the same attack must reach what a constant guess reaches."""
-    ball, n, step = case.ball(), len(case.labels), getattr(case.attack, "step_size", None)
+    ball, n, step = case.ball(), len(case.labels), case.setting("step_size")
     eps = max(ball["eps"], LARGE if ball["norm"] == "linf" else LARGE * math.sqrt(case.images[0].numel()))
     strong = case.changed("eps", eps=eps, step_size=step and step * eps / max(ball["eps"], 1e-12))
     fallen = case.rival(f"With eps={eps:.3g} the attack", [partial(case.run, strong)])
@@ -367,7 +385,7 @@ def large_budget(case: Case) -> Finding:
 
 def more_steps(case: Case) -> Finding:
     """Four times the steps must not break more."""
-    longer = case.changed("steps", steps=STEPS * getattr(case.attack, "steps", 1))
+    longer = case.changed("steps", steps=STEPS * case.setting("steps", 1))
     return case.rival(f"{STEPS} times the steps", [partial(case.run, longer)])
 
 
