@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from robustclip.attacks import FGSM, PGD, UniformNoise
+from robustclip.attacks import APGD, FGSM, PGD, AutoAttack, Square, UniformNoise
 from robustclip.data.sources import load_samples
 from robustclip.models import ZeroShotClassifier
 from robustclip.study import Store, evaluate, export, grid, outcomes, plan, reference, scale, store
@@ -104,6 +104,11 @@ def test_planned_passes_are_those_of_a_model_that_never_breaks(tmp_path):
         "noise": UniformNoise(eps=0.1),
         "FGSM": FGSM(eps=0.1),
         "PGD": PGD(eps=0.1, steps=3, restarts=2),
+        "targets": PGD(eps=0.1, steps=3, targets=2),
+        "draws": PGD(eps=0.1, steps=2, draws=3),
+        "APGD": APGD(eps=0.1, steps=4),
+        "Square": Square(eps=0.1, queries=7),
+        "ensemble": AutoAttack(eps=0.1, parts=("apgd-ce", "square"), steps=2, queries=5),
     }
     wanted = cells({"steady": clip}, attacks, n=1)
     planned, measured = plan(wanted, tmp_path), evaluate(wanted, tmp_path)
