@@ -10,7 +10,7 @@ STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum |
 HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3'
 
 .DEFAULT_GOAL := help
-.PHONY: help book notebooks test lint format serve reproduce linkcheck lock clean
+.PHONY: help book notebooks test lint format serve reproduce bench linkcheck lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ serve: ## Show the built book at http://localhost:8000 (PORT=...)
 
 reproduce: $(STAMP) ## Measure every cell of every table (SCALE=quick|full|photo|paper)
 	$(BIN)/robustclip reproduce --scale $(SCALE)
+
+bench: $(STAMP) ## Time our attacks and their rivals side by side, to benchmarks/results (ONLY=image|text|attacks)
+	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY))
 
 linkcheck: notebooks ## Check every link in the book (needs the network)
 	$(BIN)/jupyter-book build -q --builder linkcheck --path-output . _build/executed
