@@ -131,8 +131,10 @@ def _finite(logits: Tensor, model: str) -> Tensor:
 
 def _audit(cell: Cell, bench: Bench, images: int) -> Audit:
     """Audit the classifier that the attacker of a cell sees, on its first images."""
-    seen = bench.seen(cell)(bench.clip(cell.spec), bench.prompts(cell))
-    return run_audit(seen, cell.attack, *bench.batch(cell, slice(0, images)), seed=cell.seed)
+    clip, prompts, batch = bench.clip(cell.spec).inner, bench.prompts(cell), bench.batch(cell, slice(0, images))
+    build, base = bench.seen(cell), bench.builder(None)(clip, prompts)
+    rival = base if build.defense else None  # examples made on the undefended classifier may transfer
+    return run_audit(build(clip, prompts), cell.attack, *batch, seed=cell.seed, surrogate=rival)
 
 
 def _keep(found: Audit, entry: Entry, images: int) -> dict:
