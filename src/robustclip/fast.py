@@ -59,7 +59,7 @@ class _Twin(Clip):
         There every new batch size has new kernels made, which takes longer than to use them, and broken images leave
         all the time. One of (8, 16, 24, 32, 40, ..., 64, 80, ..., 128, 160, ...) costs a tenth more work instead.
         """
-        n = len(images)
+        n = max(1, len(images))
         if images.is_cuda or not any(isinstance(module, nn.Conv2d) for module in self.network.visual.modules()):
             return max(n, 2)
         step = max(8, 1 << max(0, (n - 1).bit_length() - 3))
