@@ -7,6 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from robustclip.audit import CHECKS
 from robustclip.cli import app
 from robustclip.study import Store, grid, plan, scale
 
@@ -40,7 +41,7 @@ def test_help_is_quick_and_teaches():
     assert "robustclip run --role cifar10 --role imagenet --attack clean --attack PGD-20" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "export", "reproduce", "status"])
+@pytest.mark.parametrize("command", ["run", "audit", "plan", "export", "reproduce", "status"])
 def test_every_command_explains_itself(call, command):
     done = call(command, "--help")
     assert done.exit_code == 0
@@ -227,3 +228,24 @@ def test_the_books_runner_has_what_reproduce_calls(root, monkeypatch):
     assert all(job.name.startswith("book/") and not job.is_done() for job in jobs)
     assert execute.run_all([]) == []
     monkeypatch.delitem(sys.modules, "execute")
+
+
+def test_audit_names_every_check_and_keeps_the_flags(call, tmp_path):
+    """An attack of one tiny step is caught; the exit code says so, and `run` shows the flags afterwards."""
+    options = ("--scale", "small.toml", "--role", "cifar10", "--attack", "FGSM", "--eps", "2/255", "--n", "6")
+    shown = call("audit", *options)
+    flagged = [line.split()[1] for line in shown.stdout.splitlines() if line.startswith("FLAG")]
+    assert len(shown.stdout.splitlines()) == len(CHECKS)
+    assert shown.exit_code == (1 if flagged else 0)
+    told = json.loads(call("audit", *options, "--json").stdout)
+    assert told["flags"] == flagged
+    assert [finding["check"] for finding in told["findings"]] == list(CHECKS)
+    (row,) = json.loads(call("run", *options, "--json").stdout)
+    assert row["flags"] == ("; ".join(flagged) or "passed")
+
+
+def test_audit_refuses_what_changes_no_images(call):
+    done = call("audit", "--scale", "small.toml", "--attack", "clean")
+    assert done.exit_code == 1
+    assert "audit an attack on images" in done.output
+    assert call("audit", "--attack", "nonsense").exit_code == 2

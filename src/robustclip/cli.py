@@ -38,6 +38,7 @@ Attackers = Annotated[list[str], typer.Option("--attacker", help="blind or aware
 Budgets = Annotated[list[str] | None, typer.Option("--eps", help="Budget, like 4/255 [default: the scale's].")]
 Seeds = Annotated[list[int], typer.Option("--seed", help="Random seed of attacks and defenses.")]
 Audited = Annotated[int, typer.Option("--audit", min=0, help="Audit image attacks on this many images.")]
+Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at once [default: the scale's].")]
 Images = Annotated[int | None, typer.Option("--n", help="Images per role [default: the scale's].")]
 Shard = Annotated[str, typer.Option(help="Part i of n of the cells, like 2/4, to split a grid by hand.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -87,21 +88,11 @@ def _records(frame: "pd.DataFrame") -> list[dict]:
 
 @app.command()
 def run(
-    scale: Scale = "quick",
-    model: Models = ("clip",),
-    role: Roles = None,
-    attack: Attacks = ("clean", "PGD-100"),
-    attacker: Attackers = ("blind",),
-    eps: Budgets = None,
-    seed: Seeds = (0,),
-    n: Images = None,
-    shard: Shard = "1/1",
-    device: Device = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once [default: the scale's].")] = None,
-    audit: Audited = 0,
-    store: Folder = None,
+    scale: Scale = "quick", model: Models = ("clip",), role: Roles = None, attack: Attacks = ("clean", "PGD-100"),
+    attacker: Attackers = ("blind",), eps: Budgets = None, seed: Seeds = (0,), n: Images = None, shard: Shard = "1/1",
+    device: Device = "auto", batch_size: Batch = None, audit: Audited = 0, store: Folder = None,
     as_json: Machine = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure all combinations of the options and print accuracies with 95 % intervals.
 
     Finished cells are taken from the store; an interrupted run goes on where it stopped: give the same command again.
@@ -152,26 +143,19 @@ def audit(
     if as_json:
         typer.echo(json.dumps({"flags": list(found.flags), "findings": _records(found.frame())}, indent=1))
     else:
-        typer.echo(found.frame().to_string(index=False))
+        for finding in found.findings:
+            verdict = {True: "FLAG", False: "pass", None: "    "}[finding.flagged]
+            typer.echo(f"{verdict}  {finding.check:15} {finding.text}")
     if found.flags:
         raise typer.Exit(1)
 
 
 @app.command()
 def plan(
-    scale: Scale = "quick",
-    model: Models = ("clip",),
-    role: Roles = None,
-    attack: Attacks = ("clean", "PGD-100"),
-    attacker: Attackers = ("blind",),
-    eps: Budgets = None,
-    seed: Seeds = (0,),
-    n: Images = None,
-    shard: Shard = "1/1",
-    device: Device = "auto",
-    store: Folder = None,
-    as_json: Machine = False,
-) -> None:
+    scale: Scale = "quick", model: Models = ("clip",), role: Roles = None, attack: Attacks = ("clean", "PGD-100"),
+    attacker: Attackers = ("blind",), eps: Budgets = None, seed: Seeds = (0,), n: Images = None, shard: Shard = "1/1",
+    device: Device = "auto", store: Folder = None, as_json: Machine = False,
+) -> None:  # fmt: skip
     """Say what `run` with the same options would take at most; nothing is measured, stored or downloaded.
 
     \b
