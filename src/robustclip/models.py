@@ -11,6 +11,7 @@ The name says where a model comes from:
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from importlib.resources import as_file, files
@@ -29,6 +30,7 @@ _torchvision.prepare()
 
 EMBEDDED = "tinyworld-clip"
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+PLAIN = re.compile(r"([!-%'-~]+( [!-%'-~]+)*)?")  # ASCII without "&" (entities), words between single blanks
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -101,8 +103,10 @@ class Clip(nn.Module):
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """k texts to (k, d) unit features; gradients reach the text tower where its weights ask for them."""
-        tokens = self.tokenizer(list(texts)).to(self.device)
-        return F.normalize(self.network.encode_text(tokens).float(), dim=-1)
+        tokens = tokenize(self.tokenizer, texts).to(self.device)
+        first = _reads_first(self.network)
+        features = _read_first(self.network, tokens) if first else self.network.encode_text(tokens)
+        return F.normalize(features.float(), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """As `encode_texts`, without gradients and computed once per set of texts."""
@@ -111,6 +115,41 @@ class Clip(nn.Module):
             with torch.no_grad():
                 known[key] = torch.cat([self.encode_texts(key[i : i + 512]) for i in range(0, len(key), 512)])
         return known[key]
+
+
+def tokenize(tokenizer, texts: Sequence[str]) -> Tensor:
+    """(k, length) tokens of k texts, as open_clip's tokenizers give them.
+
+    Those built on a Hugging Face tokenizer clean each text first and return more than the tokens, which takes longer
+    than all the rest: plain texts, that cleaning cannot change, go straight to the tokenizer.
+    """
+    from open_clip.tokenizer import HFTokenizer, get_clean_fn
+
+    usual = isinstance(tokenizer, HFTokenizer) and tokenizer.clean_fn is get_clean_fn("whitespace")
+    if not usual or tokenizer.tokenizer_mode or tokenizer.strip_sep_token or not all(map(PLAIN.fullmatch, texts)):
+        return tokenizer(list(texts))
+    cut = {"max_length": tokenizer.context_length, "padding": "max_length", "truncation": True}
+    unused = {"return_attention_mask": False, "return_token_type_ids": False}
+    return torch.tensor(tokenizer.tokenizer(list(texts), **cut, **unused)["input_ids"])
+
+
+def _reads_first(network: nn.Module) -> bool:
+    """Whether this is a text tower of ordinary blocks that takes its features from the first token and masks none."""
+    known = getattr(network, "text_pool_type", None) == "first" and isinstance(network.text_projection, nn.Parameter)
+    blocks = network.transformer.resblocks if known and network.attn_mask is None else ()
+    return bool(blocks) and type(blocks[-1]).__name__ == "ResidualAttentionBlock"
+
+
+def _read_first(network: nn.Module, tokens: Tensor) -> Tensor:
+    """As `encode_text`, but the last block computes the one position that is used."""
+    *blocks, last = network.transformer.resblocks
+    x = network.token_embedding(tokens) + network.positional_embedding
+    for block in blocks:
+        x = block(x)
+    keys = last.ln_1(x)
+    first = x[:, :1] + last.ls_1(last.attention(keys[:, :1], keys, keys))
+    first = first + last.ls_2(last.mlp(last.ln_2(first)))
+    return network.ln_final(first[:, 0]) @ network.text_projection
 
 
 class ZeroShotClassifier(nn.Module):

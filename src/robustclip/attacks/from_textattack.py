@@ -29,7 +29,7 @@ from torch import Tensor
 from robustclip import _torchvision
 from robustclip.attacks.base import MAX_SEED
 from robustclip.attacks.language import load_language_model
-from robustclip.attacks.text import OBJECTIVES, TextAttack, check_texts, exactly, in_float32, stop_words
+from robustclip.attacks.text import OBJECTIVES, TextAttack, check_texts, embed, in_float32, stop_words
 from robustclip.checks import check_choice, check_integer
 from robustclip.component import component
 from robustclip.models import Clip
@@ -98,8 +98,7 @@ class _Encoder:
         self.model = in_float32(clip)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        with exactly(self.model):
-            return self.model.encode_texts(list(texts)).cpu().double()
+        return embed(self.model, list(texts))
 
 
 def _goal(clip: Clip, objective: str, words: int):

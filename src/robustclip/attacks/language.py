@@ -1,7 +1,7 @@
 """The masked language model that proposes words to the attacks on prompts."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -27,15 +27,9 @@ class LanguageModel:
         self.unknown: str = tokenizer.unk_token
         self.special = frozenset(tokenizer.all_special_tokens)
         self.longest: int = network.config.max_position_embeddings
-        self._pieces: dict[str, list[str]] = {}
+        self.pieces = cache(tokenizer.tokenize)  # the lower-case pieces of a word, or the unknown-word token
 
-    def pieces(self, word: str) -> list[str]:
-        """The lower-case word pieces of one word; what the vocabulary lacks is the unknown-word token."""
-        if word not in self._pieces:
-            self._pieces[word] = self.tokenizer.tokenize(word)
-        return self._pieces[word]
-
-    def join(self, pieces: Sequence[str]) -> str:
+    def join(self, pieces: Iterable[str]) -> str:
         """Word pieces back to text."""
         return " ".join(pieces).replace(" ##", "")
 

@@ -7,10 +7,9 @@ between single blanks. A masked language model proposes substitutes for them, th
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from itertools import islice, product
+from itertools import chain, count, islice, product
 from typing import ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from robustclip.checks import check_choice, check_images, check_integer, check_l
 from robustclip.component import component
 from robustclip.models import Clip
 
-BATCH = 256  # texts encoded together: larger batches leave the cache of a CPU
+BATCH = 128  # texts encoded together: larger batches leave the cache of a CPU
 PIECES, TOKENS, COMBINATIONS = 12, 4, 24  # how much of a word of several pieces BERT-Attack looks at
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (rows of the attacked texts, candidate features) -> what to maximise
@@ -52,34 +51,32 @@ def cosine_distance(clean: Tensor, moved: Tensor) -> Tensor:
 OBJECTIVES = {"kl": kl_divergence, "cosine": cosine_distance}
 
 
-@contextmanager
-def exactly(clip: Clip):
-    """Encode without gradients, as at test time, and in the precision of the weights even under autocast."""
-    with torch.no_grad(), frozen(clip), torch.autocast(clip.device.type, enabled=False):
-        yield
-
-
 def in_float32(clip: Clip) -> Clip:
     """The CLIP, or a copy if its precision is lower: the divergences to rank are of order 1e-5."""
     return clip if clip.logit_scale.dtype == torch.float32 else copy.deepcopy(clip).float()
 
 
+def embed(clip: Clip, texts: Sequence[str]) -> Tensor:
+    """(k, d) unit features of k texts as at test time, on the CPU in double precision."""
+    with torch.no_grad(), frozen(clip):
+        parts = [clip.encode_texts(texts[at : at + BATCH]).cpu() for at in range(0, len(texts), BATCH)]
+    return torch.cat(parts).double() if parts else torch.empty(0, 1, dtype=torch.double)
+
+
 class TextFeatures:
-    """Unit features of texts on the CPU in double precision; each distinct text is encoded once, in float32."""
+    """`embed` with a memory: each distinct text is encoded once, in float32."""
 
     def __init__(self, clip: Clip) -> None:
         self.clip = in_float32(clip)
         self._rows: dict[str, int] = {}
-        self._features = torch.empty(0, 0)
+        self._features = torch.empty(0, 1, dtype=torch.double)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(k, d) features of k texts."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
-        with exactly(self.clip):
-            parts = [self.clip.encode_texts(new[at : at + BATCH]).cpu() for at in range(0, len(new), BATCH)]
-        self._features = torch.cat([part for part in (self._features, *parts) if len(part)] or [self._features])
-        self._rows.update(zip(new, range(len(self._rows), len(self._features)), strict=True))
-        return self._features[[self._rows[text] for text in texts]].double()
+        if new := [text for text in dict.fromkeys(texts) if text not in self._rows]:
+            self._rows.update(zip(new, count(len(self._rows))))
+            self._features = torch.cat([self._features, embed(self.clip, new)][not len(self._features) :])
+        return self._features[[self._rows[text] for text in texts]]
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------
@@ -138,26 +135,25 @@ class WordSubstitution(TextAttack):
 
     def seen(self, model: LanguageModel, words: Iterable[str]) -> str:
         """The text that the attack's embeddings are computed on: lower-case word pieces, cut, joined again."""
-        return model.join([piece for word in words for piece in model.pieces(word)][: self._kept])
+        return model.join(islice(chain.from_iterable(map(model.pieces, words)), self._kept))
 
     def substitutes(self, model: LanguageModel, texts: Sequence[str]) -> dict[str, Substitutes]:
         """For each text, the words that may be swapped and their substitutes, from one pass of the language model."""
         check_integer("max_pieces", self.max_pieces, 3, model.longest)
-        pieces = [[model.pieces(word) for word in text.split(" ")] for text in texts]
-        sentences = [[piece for word in words for piece in word][: self._kept] for words in pieces]
+        sentences = [list(chain.from_iterable(map(model.pieces, text.split(" "))))[: self._kept] for text in texts]
         guesses = model.guesses(sentences, self.candidates, self.end_token)
         return {text: self._of_text(model, text, *guess) for text, guess in zip(texts, guesses, strict=True)}
 
     def _of_text(self, model: LanguageModel, text: str, tokens: list, logits: list) -> Substitutes:
         """Substitutes for one text from the guesses at its positions; position 0 is the start token's."""
-        found, start = {}, 0
+        found, end = {}, 0
         for position, word in enumerate(text.split(" ")):
-            first = start + (self.offset == "aligned")
-            own = slice(first, first + len(model.pieces(word)))
+            start, end = end, end + len(model.pieces(word))
+            own = slice(start, end) if self.offset == "shifted" else slice(start + 1, end + 1)
             if start < self._kept and (word if self.offset == "shifted" else word.lower()) not in stop_words():
-                found[position] = self._usable(model, word, self._options(tokens[own], logits[own]))
-            start += len(model.pieces(word))
-        return {position: words for position, words in found.items() if words}
+                words = self._usable(model, word, self._options(tokens[own], logits[own]))
+                found |= {position: words} if words else {}
+        return found
 
     def _options(self, tokens: list[list[str]], logits: list[list[float]]) -> Iterable[tuple[str, ...]]:
         """What may fill the positions of one word: the best tokens above the threshold.
@@ -219,15 +215,15 @@ class BertAttack(WordSubstitution):
     def _ranked(self, model: LanguageModel, features: TextFeatures, texts: list[str]) -> dict[str, Substitutes]:
         """Substitutes of each text, its most important word first."""
         found = self.substitutes(model, texts)
-        places = [(text.split(" "), position) for text, options in found.items() for position in options]
-        clean = features([self.seen(model, words) for words, _ in places])
-        probes = features([self.seen(model, swapped(words, position, model.unknown)) for words, position in places])
-        drops = iter(OBJECTIVES[self.objective](clean, probes).tolist())
-        important = {text: {position: -next(drops) for position in options} for text, options in found.items()}
-        return {
-            text: {position: options[position] for position in sorted(options, key=important[text].get)}
-            for text, options in found.items()
-        }
+        split = [text.split(" ") for text in found]
+        clean = features([self.seen(model, words) for words in split])
+        counts = torch.tensor([len(options) for options in found.values()], dtype=torch.long)
+        places = zip(split, found.values(), strict=True)
+        probes = [swapped(words, position, model.unknown) for words, options in places for position in options]
+        moved = features([self.seen(model, probe) for probe in probes])
+        moves = iter(OBJECTIVES[self.objective](clean.repeat_interleave(counts, 0), moved).tolist())
+        ranked = {text: sorted(options.items(), key=lambda _: -next(moves)) for text, options in found.items()}
+        return {text: dict(options) for text, options in ranked.items()}
 
     def _climb(self, model: LanguageModel, features: TextFeatures, texts: list[str], score: Score) -> list[str]:
         """Greedy search, all texts at once: each round tries one word of every text that may still change."""
@@ -235,14 +231,14 @@ class BertAttack(WordSubstitution):
         words, left = [text.split(" ") for text in texts], [self.words] * len(texts)
         queues = [iter(ranked[text].items()) for text in texts]
         while tries := {row: entry for row, queue in enumerate(queues) if left[row] and (entry := next(queue, None))}:
-            options = {
-                row: [words[row], *(swapped(words[row], position, word) for word in substitutes)]
+            options = [
+                [words[row], *(swapped(words[row], position, word) for word in substitutes)]
                 for row, (position, substitutes) in tries.items()
-            }
-            rows = torch.tensor([row for row, several in options.items() for _ in several])
-            moved = features([self.seen(model, option) for several in options.values() for option in several])
-            scores = score(rows, moved).split([len(several) for several in options.values()])
-            for (row, several), values in zip(options.items(), scores, strict=True):
+            ]
+            counts = [len(several) for several in options]
+            moved = features([self.seen(model, option) for option in chain.from_iterable(options)])
+            scores = score(torch.tensor([*tries]).repeat_interleave(torch.tensor(counts)), moved).split(counts)
+            for row, several, values in zip(tries, options, scores, strict=True):
                 best = int(values.argmax())
                 words[row], left[row] = several[best], left[row] - (best > 0)
         return [" ".join(row) for row in words]
@@ -274,7 +270,7 @@ class LabelAwareBertAttack(WordSubstitution):
         options = [[prompt, *self._variants(prompt, found[prompt])] for prompt in prompts]
         features = TextFeatures(clip)
         features([text for several in options for text in several])  # all of them in large batches
-        with exactly(clip):
+        with torch.no_grad(), frozen(features.clip):
             parts = [features.clip.encode_images(part.to(clip.device)).cpu() for part in images.split(BATCH)]
         return sweep(clip.logit_scale.item() * torch.cat(parts).double(), labels, options, features)
 
