@@ -132,7 +132,7 @@ def test_batches_do_not_matter(monkeypatch):
     )
     attacks = {
         "image": FeaturePGD(eps=0.1, steps=2),
-        "loss": PGD(eps=0.05, steps=2),
+        "loss": PGD(eps=0.3, steps=2),
         "both": SepAttack(image=PGD(eps=0.1, steps=2), text=Turn()),
     }
     tables = []
