@@ -104,11 +104,20 @@ def frozen(classifier: Classifier):
             module.training = True
 
 
-def input_gradient(losses: Tensor, images: Tensor) -> Tensor:
-    """Gradient of each image's loss; one that is missing or not a number would fake robustness, so it is an error."""
-    if not losses.requires_grad:
+def check_gradient(logits: Tensor) -> Tensor:
+    """Return what a classifier computed if gradients can flow back through it, else raise ValueError."""
+    if not logits.requires_grad:
         raise ValueError("the classifier's logits carry no gradient; remove no_grad or detach from its forward pass")
-    (gradient,) = torch.autograd.grad(losses, images, torch.ones_like(losses))
+    return logits
+
+
+def input_gradient(outputs: Tensor, images: Tensor, upper: Tensor | None = None) -> Tensor:
+    """Gradient of the sum of `outputs`, or of their product with `upper`, with respect to the images.
+
+    One that is missing or not a number would fake robustness, so it is an error.
+    """
+    upper = torch.ones_like(outputs) if upper is None else upper
+    (gradient,) = torch.autograd.grad(check_gradient(outputs), images, upper, retain_graph=upper.ndim > 1)
     if gradient.isnan().any():
         raise ValueError("the classifier's gradient contains NaN; look for square roots or divisions at zero in it")
     return gradient

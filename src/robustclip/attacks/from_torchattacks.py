@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustclip import _torchvision
-from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier
+from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier, check_gradient, input_gradient
 from robustclip.checks import check_choice, check_integer
 from robustclip.component import component
 
@@ -155,10 +155,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class Model(nn.Module):
-    """A classifier as torchattacks wants it: a module on a device, with float32 pixels and logits.
-
-    Gradients reach the pixels only: some attacks call backward, which would fill the gradients of all weights.
-    """
+    """A classifier as torchattacks wants it: a module on a device, with float32 pixels and logits."""
 
     def __init__(self, classifier: Classifier, images: Tensor) -> None:
         super().__init__()
@@ -173,24 +170,17 @@ class Model(nn.Module):
 
 
 class PixelGradient(torch.autograd.Function):
-    """A function of the pixels whose backward pass stops at the pixels."""
+    """A classifier whose backward pass stops at the pixels: some attacks would fill the gradients of its weights."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits; their graph is kept for the backward pass."""
         with torch.enable_grad():
             ctx.images = images.detach().requires_grad_()
-            ctx.logits = classify(ctx.images)
-        if not ctx.logits.requires_grad:
-            raise ValueError(
-                "the classifier's logits carry no gradient; remove no_grad or detach from its forward pass"
-            )
+            ctx.logits = check_gradient(classify(ctx.images))
         return ctx.logits.detach()
 
     @staticmethod
     def backward(ctx: Any, upper: Tensor) -> tuple[Tensor, None]:
-        """Gradient of the pixels; NaN in it would fake robustness, so it is an error."""
-        (gradient,) = torch.autograd.grad(ctx.logits, ctx.images, upper, retain_graph=True)
-        if gradient.isnan().any():
-            raise ValueError("the classifier's gradient contains NaN; look for square roots or divisions at zero in it")
-        return gradient, None
+        """Gradient of the pixels, which must be numbers."""
+        return input_gradient(ctx.logits, ctx.images, upper), None
