@@ -1,7 +1,7 @@
 """TextAttack on CLIP: the same BERT-Attack assembled from its parts, as a reference, and a door to its recipes.
 
-TextAttack downloads word lists when it is imported, silences other loggers and sets environment variables. Here it is
-imported on first use, given the one list it cannot do without (our stop words), and leaves the process as it was.
+TextAttack downloads word lists when it is imported and moves the caches of other libraries. Here it is imported on
+first use and given the one list it cannot do without, our stop words.
 """
 
 import atexit
@@ -9,22 +9,20 @@ import copy
 import logging
 import os
 import random
-import shutil
-import tempfile
 import warnings
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from robustclip import _torchvision
 from robustclip.attacks.base import MAX_SEED
@@ -35,116 +33,68 @@ from robustclip.component import component
 from robustclip.models import Clip
 
 RECIPES = ("DeepWordBugGao2018", "Pruthi2019")  # the others download embeddings, taggers or sentence encoders
-INSTALLED = "post_install_check_3"  # TextAttack's note to itself that its downloads are done
 
 
 @contextmanager
 def _undisturbed():
-    """Whatever TextAttack does to environment, loggers, warnings and random state is undone at the end."""
-    manager, environment = logging.root.manager, dict(os.environ)
-    disabled = {logger: logger.disabled for logger in manager.loggerDict.values() if isinstance(logger, logging.Logger)}
-    level, states = manager.disable, (random.getstate(), np.random.get_state())  # noqa: NPY002
+    """Environment and random states are afterwards what they were; TextAttack's warnings are not shown."""
+    environment, states = dict(os.environ), (random.getstate(), np.random.get_state())  # noqa: NPY002
+    level = logging.root.manager.disable
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             yield
     finally:
+        logging.disable(level)
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
-        logging.disable(level)
-        for logger, value in disabled.items():
-            logger.disabled = value
-        for name in os.environ.keys() - environment.keys():
-            if not name.startswith("KMP_"):  # scikit-learn's, without which OpenMP may refuse to load twice
-                del os.environ[name]
+        os.environ.clear()
         os.environ.update(environment)
-
-
-def _word_lists() -> str:
-    """A folder, removed at exit, that holds what TextAttack looks for when it is imported."""
-    folder = Path(tempfile.mkdtemp(prefix="robustclip-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "corpora/stopwords").mkdir(parents=True)
-    (folder / "corpora/stopwords/english").write_text("\n".join(sorted(stop_words())) + "\n", encoding="utf-8")
-    (folder / INSTALLED).touch()
-    return str(folder)
 
 
 @cache
 def import_textattack() -> ModuleType:
-    """The module `textattack`, imported without network, TensorFlow or lasting changes to the process."""
+    """The module `textattack`, imported without network or TensorFlow, its cache a folder that is removed at exit."""
     _torchvision.prepare()
+    for name in ("datasets", "matplotlib.font_manager", "sklearn", "transformers"):
+        import_module(name)  # they remember where their caches are, which TextAttack moves, or set variables to keep
+    import nltk
+
+    folder = TemporaryDirectory(prefix="robustclip-")
+    atexit.register(folder.cleanup)
+    words = Path(folder.name, "corpora/stopwords/english")
+    words.parent.mkdir(parents=True)
+    words.write_text("\n".join(sorted(stop_words())) + "\n", encoding="utf-8")
+    Path(folder.name, "post_install_check_3").touch()  # TextAttack's note to itself that its downloads are done
+    nltk.data.path.append(folder.name)
     with _undisturbed():
-        for name in ("datasets", "matplotlib.font_manager", "transformers"):
-            import_module(name)  # they remember where their caches are, which TextAttack moves
-        import nltk
-
-        folder = _word_lists()
-        nltk.data.path.append(folder)
-        if not Path(os.environ.get("TA_CACHE_DIR", "~/.cache/textattack"), INSTALLED).expanduser().is_file():
-            os.environ["TA_CACHE_DIR"] = folder
-        import textattack
-    return textattack
+        os.environ["TA_CACHE_DIR"] = folder.name
+        return import_module("textattack")
 
 
-# --- the parts that are ours ------------------------------------------------------------------------------------------
-
-
-class _Encoder:
+def _encoder(clip: Clip) -> partial:
     """A CLIP as TextAttack's model: texts to unit features."""
-
-    def __init__(self, clip: Clip) -> None:
-        self.model = in_float32(clip)
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        return embed(self.model, list(texts))
-
-
-def _goal(clip: Clip, objective: str, words: int):
-    """TextAttack's goal: an embedding far from the clean one; reached when `words` words have changed."""
-    textattack = import_textattack()
-
-    class FarEmbedding(textattack.goal_functions.GoalFunction):
-        def init_attack_example(self, attacked_text, ground_truth_output):
-            self.clean = self.model([attacked_text.text])[0]
-            return super().init_attack_example(attacked_text, ground_truth_output)
-
-        def _get_score(self, model_output, attacked_text):
-            return OBJECTIVES[objective](self.clean, model_output).item()
-
-        def _is_goal_complete(self, model_output, attacked_text):
-            return len(attacked_text.all_words_diff(self.initial_attacked_text)) >= words
-
-        def _process_model_outputs(self, inputs, outputs):
-            return outputs
-
-        def _goal_function_result_type(self):
-            return textattack.goal_function_results.ClassificationGoalFunctionResult
-
-    return FarEmbedding(_Encoder(clip), model_batch_size=512)
+    encoder = partial(embed, in_float32(clip))
+    encoder.model = clip  # TextAttack asks for its class
+    return encoder
 
 
 def _not_stop_words():
-    """TextAttack's constraint on what is swapped, with our list in any case."""
-    both = {form for word in stop_words() for form in (word, word.capitalize(), word.upper())}
-    return import_textattack().constraints.pre_transformation.StopwordModification(stopwords=both)
+    """TextAttack's constraint on what is swapped, with our list in any case of letters."""
+    forms = {form for word in stop_words() for form in (word, word.capitalize(), word.upper())}
+    return import_textattack().constraints.pre_transformation.StopwordModification(stopwords=forms)
 
 
 def _whole_words(special: frozenset[str]):
     """A constraint on what is put in: no stop word, no word piece, none of the language model's special tokens."""
-    textattack = import_textattack()
 
-    class WholeWords(textattack.constraints.Constraint):
+    class WholeWords(import_textattack().constraints.Constraint):
         def _check_constraint(self, transformed_text, reference_text):
-            new = [transformed_text.words[place] for place in transformed_text.attack_attrs["newly_modified_indices"]]
-            text = transformed_text.text
-            return stop_words().isdisjoint(new) and "##" not in text and not any(token in text for token in special)
+            new = {transformed_text.words[place] for place in transformed_text.attack_attrs["newly_modified_indices"]}
+            return not (new & stop_words() or any(token in transformed_text.text for token in ("##", *special)))
 
     return WholeWords(compare_against_original=True)
-
-
-# --- attacks ----------------------------------------------------------------------------------------------------------
 
 
 @component
@@ -164,8 +114,27 @@ class TextAttackAttack(TextAttack):
         check_integer("seed", self.seed, 0, MAX_SEED)
 
     def goal(self, clip: Clip):
-        """TextAttack's goal function: see `_goal`."""
-        return _goal(clip, self.objective, self.words)
+        """TextAttack's goal: an embedding far from the clean one; reached when `words` words have changed."""
+        textattack, distance, words = import_textattack(), OBJECTIVES[self.objective], self.words
+
+        class FarEmbedding(textattack.goal_functions.GoalFunction):
+            def init_attack_example(self, attacked_text, ground_truth_output):
+                self.clean = self.model([attacked_text.text])[0]
+                return super().init_attack_example(attacked_text, ground_truth_output)
+
+            def _get_score(self, model_output, attacked_text):
+                return distance(self.clean, model_output).item()
+
+            def _is_goal_complete(self, model_output, attacked_text):
+                return len(attacked_text.all_words_diff(self.initial_attacked_text)) >= words
+
+            def _process_model_outputs(self, inputs, outputs):
+                return outputs
+
+            def _goal_function_result_type(self):
+                return textattack.goal_function_results.ClassificationGoalFunctionResult
+
+        return FarEmbedding(_encoder(clip), model_batch_size=512)
 
     @abstractmethod
     def parts(self, clip: Clip) -> tuple[list, Any, Any]:
@@ -177,8 +146,7 @@ class TextAttackAttack(TextAttack):
         with _undisturbed():
             attack = textattack.Attack(self.goal(clip), *self.parts(clip))
             for prompt in attacked:
-                seed = zlib.crc32(prompt.encode(), self.seed)
-                random.seed(seed)
+                random.seed(seed := zlib.crc32(prompt.encode(), self.seed))
                 np.random.seed(seed)  # noqa: NPY002  TextAttack draws from these two
                 attacked[prompt] = attack.attack(prompt, 0).perturbed_result.attacked_text.text
         return [attacked[prompt] for prompt in prompts]
@@ -209,12 +177,10 @@ class ReferenceBertAttack(TextAttackAttack):
         )
         constraints = [
             textattack.constraints.pre_transformation.RepeatModification(),
-            _not_stop_words(),
             textattack.constraints.overlap.MaxWordsPerturbed(max_num_words=self.words),
-            _whole_words(model.special),
+            *(_not_stop_words(), _whole_words(model.special)),
         ]
-        search = textattack.search_methods.GreedyWordSwapWIR(wir_method="unk", unk_token=model.unknown)
-        return constraints, swap, search
+        return constraints, swap, textattack.search_methods.GreedyWordSwapWIR("unk", unk_token=model.unknown)
 
 
 @component
@@ -232,8 +198,7 @@ class FromTextAttack(TextAttackAttack):
 
     def parts(self, clip: Clip) -> tuple[list, Any, Any]:
         """The recipe's own transformation and search; its constraints with our stop list."""
-        textattack = import_textattack()
-        built = getattr(textattack.attack_recipes, self.recipe).build(_Encoder(clip))
-        stop = textattack.constraints.pre_transformation.StopwordModification
-        before = [entry for entry in built.pre_transformation_constraints if not isinstance(entry, stop)]
-        return [*before, _not_stop_words(), *built.constraints], built.transformation, built.search_method
+        built = getattr(import_textattack().attack_recipes, self.recipe).build(_encoder(clip))
+        constraints, ours = [*built.pre_transformation_constraints, *built.constraints], _not_stop_words()
+        others = [entry for entry in constraints if not isinstance(entry, type(ours))]
+        return [*others, ours], built.transformation, built.search_method

@@ -1,9 +1,9 @@
 """The masked language model that proposes words to the attacks on prompts."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import as_file, files
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -12,10 +12,7 @@ from torch import nn
 from robustclip.data.grammar import vocabulary
 from robustclip.models import Clip
 
-EMBEDDED = "tinyworld-mlm"
-BERT = "bert-base-uncased"
-HUB_NAMES = (BERT, f"google-bert/{BERT}")  # the same weights, cached under either name
-WEIGHTS = "model.safetensors"
+EMBEDDED, BERT = "tinyworld-mlm", "bert-base-uncased"
 TOKENS = 2048  # in one pass: BERT's logits then take 250 MB
 
 
@@ -33,33 +30,30 @@ class LanguageModel:
         """Word pieces back to text."""
         return " ".join(pieces).replace(" ##", "")
 
-    @torch.no_grad()
     def guesses(self, sentences: Sequence[list[str]], best: int, end_token: bool) -> list[tuple[list, list]]:
         """The `best` tokens and their raw logits at each position of each sentence, nothing masked.
 
         A sentence of m pieces has m + 1 positions: the start token's, then one per piece. Sentences of one length go
         together, so none is padded and no guess depends on the others.
         """
-        found: list = [None] * len(sentences)
-        rows = defaultdict(list)
-        for row, pieces in enumerate(sentences):
-            rows[len(pieces)].append(row)
-        for length, group in rows.items():
-            for part in torch.tensor(group).split(max(1, TOKENS // (length + 2))):
-                tokens, logits = self._guess([sentences[row] for row in part], best, end_token)
-                for row, *guess in zip(part.tolist(), tokens, logits, strict=True):
-                    found[row] = tuple(guess)
-        return found
+        found, lengths = {}, [len(pieces) for pieces in sentences]
+        for length, group in groupby(sorted(range(len(sentences)), key=lengths.__getitem__), key=lengths.__getitem__):
+            rows, size = list(group), max(1, TOKENS // (length + 2))
+            for part in (rows[at : at + size] for at in range(0, len(rows), size)):
+                found |= zip(part, self._guess([sentences[row] for row in part], best, end_token), strict=True)
+        return [found[row] for row in range(len(sentences))]
 
-    def _guess(self, sentences: list[list[str]], best: int, end_token: bool) -> tuple[list, list]:
-        """`guesses` for n sentences of one length m: tokens and logits, each (n, m + 1, best)."""
+    @torch.no_grad()
+    def _guess(self, sentences: list[list[str]], best: int, end_token: bool) -> Iterable[tuple[list, list]]:
+        """`guesses` for sentences of one length."""
         end = [self.tokenizer.sep_token] if end_token else []
         words = [[self.tokenizer.cls_token, *pieces, *end] for pieces in sentences]
         ids = torch.tensor([self.tokenizer.convert_tokens_to_ids(row) for row in words], device=self.network.device)
         logits = self.network(input_ids=ids).logits[:, : len(sentences[0]) + 1].float()
         values, tokens = logits.topk(min(best, logits.shape[-1]))
         names = {token: self.tokenizer.convert_ids_to_tokens(token) for token in tokens.unique().tolist()}
-        return [[[names[token] for token in row] for row in rows] for rows in tokens.tolist()], values.tolist()
+        guessed = [[[names[token] for token in row] for row in rows] for rows in tokens.tolist()]
+        return zip(guessed, values.tolist(), strict=True)
 
 
 def is_tinyworld(clip: Clip) -> bool:
@@ -84,33 +78,23 @@ def _cached_bert() -> str | None:
     """The name under which the local Hugging Face cache holds BERT's weights, if it does."""
     from huggingface_hub import try_to_load_from_cache
 
-    return next((hub for hub in HUB_NAMES if isinstance(try_to_load_from_cache(hub, WEIGHTS), str)), None)
+    names = (BERT, f"google-bert/{BERT}")  # the same weights
+    return next((name for name in names if isinstance(try_to_load_from_cache(name, "model.safetensors"), str)), None)
 
 
 @cache
 def _load(name: str, device: str) -> LanguageModel:
-    if name == EMBEDDED:
-        with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as folder:
-            return _read(str(folder), device)
-    if name in HUB_NAMES:
-        if not (cached := _cached_bert()):
-            raise FileNotFoundError(
-                f"language_model={name!r} is not in the local Hugging Face cache and is never downloaded here; run "
-                f"`hf download {BERT}` once (0.4 GB), or use language_model='auto' or {EMBEDDED!r}"
-            )
-        return _read(cached, device)
-    if not (Path(name).expanduser() / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no language model called {name!r}; choose 'auto', {EMBEDDED!r}, {BERT!r}, or a folder in transformers' "
-            "format (config.json, weights, tokenizer)"
-        )
-    return _read(str(Path(name).expanduser()), device)
-
-
-def _read(source: str, device: str) -> LanguageModel:
     """Read from disk; whatever transformers draws while it builds the network leaves the random state alone."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    with torch.random.fork_rng(devices=()):
+    with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as embedded, torch.random.fork_rng(devices=()):
+        folder = embedded if name == EMBEDDED else Path(name).expanduser()
+        source = str(folder) if (folder / "config.json").is_file() else _cached_bert() if name == BERT else None
+        if source is None:
+            raise FileNotFoundError(
+                f"no language model called {name!r} on disk; choose 'auto', {EMBEDDED!r}, a folder in transformers' "
+                f"format, or {BERT!r} after `hf download {BERT}` (0.4 GB)"
+            )
         network = AutoModelForMaskedLM.from_pretrained(source, local_files_only=True, use_safetensors=True)
-    return LanguageModel(network.float().to(device), AutoTokenizer.from_pretrained(source, local_files_only=True))
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    return LanguageModel(network.float().to(device), tokenizer)

@@ -34,9 +34,6 @@ def stop_words() -> frozenset[str]:
     return frozenset(files("robustclip").joinpath("assets/stop-words.txt").read_text(encoding="utf-8").split())
 
 
-# --- how far a text embedding moved -----------------------------------------------------------------------------------
-
-
 def kl_divergence(clean: Tensor, moved: Tensor) -> Tensor:
     """D_KL(softmax(v) || softmax(v')) over the d coordinates of unit rows (n, d); close to (1 - cos(v, v')) / d."""
     log_clean, log_moved = clean.log_softmax(-1), moved.log_softmax(-1)
@@ -60,7 +57,7 @@ def embed(clip: Clip, texts: Sequence[str]) -> Tensor:
     """(k, d) unit features of k texts as at test time, on the CPU in double precision."""
     with torch.no_grad(), frozen(clip):
         parts = [clip.encode_texts(texts[at : at + BATCH]).cpu() for at in range(0, len(texts), BATCH)]
-    return torch.cat(parts).double() if parts else torch.empty(0, 1, dtype=torch.double)
+    return torch.cat(parts).double() if parts else torch.empty(0, 1).double()
 
 
 class TextFeatures:
@@ -69,17 +66,15 @@ class TextFeatures:
     def __init__(self, clip: Clip) -> None:
         self.clip = in_float32(clip)
         self._rows: dict[str, int] = {}
-        self._features = torch.empty(0, 1, dtype=torch.double)
+        self._features = embed(self.clip, [])
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(k, d) features of k texts."""
         if new := [text for text in dict.fromkeys(texts) if text not in self._rows]:
+            features = embed(self.clip, new)
+            self._features = torch.cat([self._features, features]) if self._rows else features
             self._rows.update(zip(new, count(len(self._rows))))
-            self._features = torch.cat([self._features, embed(self.clip, new)][not len(self._features) :])
         return self._features[[self._rows[text] for text in texts]]
-
-
-# --- attacks ----------------------------------------------------------------------------------------------------------
 
 
 @component
@@ -212,8 +207,8 @@ class BertAttack(WordSubstitution):
         model, features = load_language_model(self.language_model, clip), TextFeatures(clip)
         return self._climb(model, features, texts, lambda rows, moved: -(images[rows] * moved).sum(-1))
 
-    def _ranked(self, model: LanguageModel, features: TextFeatures, texts: list[str]) -> dict[str, Substitutes]:
-        """Substitutes of each text, its most important word first."""
+    def _ranked(self, model: LanguageModel, features: TextFeatures, texts: list[str]) -> dict[str, list[tuple]]:
+        """Positions and substitutes of each text, its most important word first."""
         found = self.substitutes(model, texts)
         split = [text.split(" ") for text in found]
         clean = features([self.seen(model, words) for words in split])
@@ -222,14 +217,13 @@ class BertAttack(WordSubstitution):
         probes = [swapped(words, position, model.unknown) for words, options in places for position in options]
         moved = features([self.seen(model, probe) for probe in probes])
         moves = iter(OBJECTIVES[self.objective](clean.repeat_interleave(counts, 0), moved).tolist())
-        ranked = {text: sorted(options.items(), key=lambda _: -next(moves)) for text, options in found.items()}
-        return {text: dict(options) for text, options in ranked.items()}
+        return {text: sorted(options.items(), key=lambda _: -next(moves)) for text, options in found.items()}
 
     def _climb(self, model: LanguageModel, features: TextFeatures, texts: list[str], score: Score) -> list[str]:
         """Greedy search, all texts at once: each round tries one word of every text that may still change."""
         ranked = self._ranked(model, features, list(dict.fromkeys(texts)))
         words, left = [text.split(" ") for text in texts], [self.words] * len(texts)
-        queues = [iter(ranked[text].items()) for text in texts]
+        queues = [iter(ranked[text]) for text in texts]
         while tries := {row: entry for row, queue in enumerate(queues) if left[row] and (entry := next(queue, None))}:
             options = [
                 [words[row], *(swapped(words[row], position, word) for word in substitutes)]
@@ -267,16 +261,18 @@ class LabelAwareBertAttack(WordSubstitution):
         if not len(images):
             raise ValueError(f"images is empty; give about {self.images} held-out images with their labels")
         found = self.substitutes(load_language_model(self.language_model, clip), list(dict.fromkeys(prompts)))
-        options = [[prompt, *self._variants(prompt, found[prompt])] for prompt in prompts]
+        options = [[prompt, *variants(prompt, found[prompt])] for prompt in prompts]
         features = TextFeatures(clip)
         features([text for several in options for text in several])  # all of them in large batches
         with torch.no_grad(), frozen(features.clip):
             parts = [features.clip.encode_images(part.to(clip.device)).cpu() for part in images.split(BATCH)]
         return sweep(clip.logit_scale.item() * torch.cat(parts).double(), labels, options, features)
 
-    def _variants(self, prompt: str, substitutes: Substitutes) -> list[str]:
-        words = prompt.split(" ")
-        return [" ".join(swapped(words, at, word)) for at, several in substitutes.items() for word in several]
+
+def variants(text: str, substitutes: Substitutes) -> list[str]:
+    """The texts that differ from `text` by one substitute."""
+    words = text.split(" ")
+    return [" ".join(swapped(words, at, word)) for at, several in substitutes.items() for word in several]
 
 
 def sweep(images: Tensor, labels: Tensor, options: list[list[str]], features: Callable) -> list[str]:
