@@ -1,5 +1,6 @@
 """Attack in low precision, judge in float32."""
 
+import torch
 from torch import Tensor
 
 from robustclip.attacks.base import Attack, Classifier, frozen
@@ -15,10 +16,11 @@ class Fast:
 
     Fast(attack=PGD(eps=4/255))
 
-    Every image is shown to the classifier itself. One that still stands is attacked again without the twin, unless
-    the twin is certain there: its error is too small to matter for which class comes first. So rounding neither
-    invents a success nor hides one, be it that the attack stopped too early, never began, or missed by little. Only a
-    plain `ZeroShotClassifier` has a twin; anything else, such as a defended one, is attacked directly.
+    Every image is shown to the classifier itself. One that still stands is attacked again, on the twin in float32 and
+    in the end on the classifier, unless the twin is certain there: its error is too small to matter for which class
+    comes first. So rounding neither invents a success nor hides one, be it that the attack stopped too early, never
+    began, or missed by little. Only a plain `ZeroShotClassifier` has a twin; anything else, such as a defended one, is
+    attacked directly.
     """
 
     attack: Attack
@@ -38,11 +40,14 @@ class Fast:
         """Adversarial images for (n, 3, h, w) pixels in [0, 1] and (n,) true labels."""
         if type(classifier) is not ZeroShotClassifier or not len(images):
             return self.attack(classifier, images, labels)
-        twin = fast_classifier(classifier, self.precision)
-        adversarial = self.attack(twin, images, labels)
-        again = self._doubtful(classifier, twin, adversarial, labels)
-        if len(again):
-            adversarial[again] = self.attack(classifier, images[again], labels[again])
+        adversarial, rows = images.detach().clone(), torch.arange(len(images), device=images.device)
+        for precision in dict.fromkeys((self.precision, "float32")):
+            if not len(rows):
+                break
+            twin = fast_classifier(classifier, precision)
+            adversarial[rows] = self.attack(twin, images[rows], labels[rows])
+            rows = rows[self._doubtful(classifier, twin, adversarial[rows], labels[rows])]
+        adversarial[rows] = self.attack(classifier, images[rows], labels[rows])
         return adversarial
 
     def _doubtful(self, classifier: Classifier, twin: Classifier, images: Tensor, labels: Tensor) -> Tensor:
@@ -50,8 +55,6 @@ class Fast:
         with frozen(classifier), frozen(twin):
             scores = self.attack.look(classifier, images)
             standing = (~self.attack.won(scores, labels)).nonzero()[:, 0]
-            if not len(standing):
-                return standing
             scores = scores[standing]
             error = (self.attack.look(twin, images[standing]) - scores).abs().amax(1)
         best = scores.topk(min(2, scores.shape[1])).values
