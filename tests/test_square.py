@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robustclip import _torchvision, models
-from robustclip.attacks import PGD, Square, UniformNoise
+from robustclip.attacks import PGD, Square, UniformNoise, square
 from robustclip.attacks.square import HALVINGS, L2Squares, LinfSquares, bumps, window
 from robustclip.data.roles import role, tinyworld_samples
 
@@ -118,8 +118,9 @@ def test_squares_shrink_as_queries_are_spent():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_margins_only_rise_and_the_highest_is_returned(norm):
-    """Each image is shown `queries` times, and what comes back is the best that was shown."""
+def test_margins_only_rise_and_the_highest_is_returned(norm, monkeypatch):
+    """Asked one by one, each image is shown `queries` times, and what comes back is the best that was shown."""
+    monkeypatch.setattr(square, "TOGETHER", 1)
     classifier, images, seen = linear(), some(12), []
     attack = Square(eps=0.003, norm=norm, queries=150, restarts=2)
     labels = predicted(classifier, images)
@@ -141,7 +142,28 @@ def test_margins_only_rise_and_the_highest_is_returned(norm):
     assert (shown[:150].amax(0) > shown[0] + 1e-3).all(), "the search gets further than its start"
 
 
-def test_broken_images_leave_at_once():
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("n", [1, 5])
+def test_showing_several_squares_together_changes_nothing(norm, n, monkeypatch):
+    """The same images in a fraction of the calls: 300 queries cross chunks and halvings of the square."""
+    classifier, images = linear(), some(40)[-n:]
+    labels = predicted(classifier, images)
+    attack, found, calls = Square(eps=0.002 if norm == "linf" else 0.03, norm=norm, queries=300), [], []
+    for together in (1, 7, 64):
+        monkeypatch.setattr(square, "TOGETHER", together)
+        sizes = []
+        found.append(attack(lambda x, sizes=sizes: sizes.append(len(x)) or classifier(x), images, labels))
+        calls.append(len(sizes))
+    assert (predicted(classifier, found[0]) == labels).all(), "it has to spend all its queries"
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+    assert torch.allclose(found[0], found[2], atol=1e-6)
+    assert calls[0] == 301
+    assert calls[2] < calls[1] <= 301
+    assert calls[2] < 150
+
+
+def test_broken_images_leave_at_once(monkeypatch):
+    monkeypatch.setattr(square, "TOGETHER", 1)
     sizes, classifier, images = [], linear(), some(64)
     labels = predicted(classifier, images)
     adversarial = Square(eps=0.03, queries=200)(lambda x: sizes.append(len(x)) or classifier(x), images, labels)

@@ -14,6 +14,7 @@ from robustclip.component import component
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries, where the share p of pixels is halved
 CHUNK = 128  # queries for which random numbers are drawn at once
+TOGETHER = 64  # images a classifier sees in hardly more time than one
 
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # images, labels -> images, margins, which fool
 
@@ -22,8 +23,9 @@ Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # images, label
 class Square(Attack):
     """Change one random square of the image at a time and keep what raises the margin; no gradient is used.
 
-    `p_init` is the share of pixels in the first squares; it shrinks as queries are spent. Each image is shown at most
-    `queries` times per restart, and has squares of its own.
+    `p_init` is the share of pixels in the first squares; it shrinks as queries are spent. Each image has squares of its
+    own. When few images stand, their next squares are shown together; what comes after the first that helps is shown
+    again on top of it, so the outcome is that of asking one by one.
     """
 
     queries: int = 5000
@@ -49,28 +51,55 @@ class Square(Attack):
         self, classifier: Classifier, images: Tensor, labels: Tensor, seed: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One run: the best image, its margin, and whether it fools, for every image; broken ones leave at once."""
-        squares = SQUARES[self.norm](images, self.eps)
-        best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
-        broken = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        rows = torch.arange(len(images), device=images.device)
-        points = squares.start(images, own_noise(images.float(), seed, squares.at_start))
-        for query in range(self.queries):
-            scores = self.look(classifier, points)
-            margins, won = margin(scores, labels[rows]), self.won(scores, labels[rows])
-            better = won | (margins > highest[rows])
-            best[rows[better]], highest[rows[better]], broken[rows] = points[better], margins[better], won
-            if query % CHUNK == 0:
-                noise = own_noise(images[rows].float(), seed + 1_000_003 * (1 + query // CHUNK), (CHUNK, squares.each))
-            if won.any():
-                rows, noise = rows[~won], noise[~won]
-                if not len(rows):
-                    break
-            points = squares.propose(images[rows], best[rows], noise[:, query % CHUNK], self.share(query + 1))
-        return best, highest, broken
+        search = Search(self, classifier, images, labels, seed)
+        rows, query, noise = (~search.broken).nonzero()[:, 0], 1, torch.empty(0)
+        while len(rows) and query < self.queries:
+            chunk, place = divmod(query, CHUNK)
+            if query == 1 or place == 0:
+                shape = (CHUNK, search.squares.each)
+                noise = own_noise(images[rows].float(), seed + 1_000_003 * (chunk + 1), shape)
+            last = min(query + max(TOGETHER // len(rows), 1), self.queries, (chunk + 1) * CHUNK)
+            shares = [self.share(each) for each in range(query, last)]
+            count = shares.count(shares[0])
+            search.ask(rows, noise[:, place : place + count], shares[0])
+            stands = ~search.broken[rows]
+            rows, noise, query = rows[stands], noise[stands], query + count
+        return search.best, search.highest, search.broken
 
     def share(self, query: int) -> float:
         """The share p of the image's pixels in the square of this query."""
         return self.p_init / 2 ** bisect_left(HALVINGS, query * 10_000 // self.queries)
+
+
+class Search:
+    """The state of one run: the best images so far, their margins, and which of them fool."""
+
+    def __init__(self, attack: Square, classifier: Classifier, images: Tensor, labels: Tensor, seed: int) -> None:
+        self.attack, self.classifier, self.images, self.labels = attack, classifier, images, labels
+        self.squares = SQUARES[attack.norm](images, attack.eps)
+        self.best = self.squares.start(images, own_noise(images.float(), seed, self.squares.at_start))
+        self.highest, self.broken = self.judge(self.best, labels)
+
+    def judge(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Margins, and which points fool."""
+        scores = self.attack.look(self.classifier, points)
+        return margin(scores, labels), self.attack.won(scores, labels)
+
+    def ask(self, rows: Tensor, noise: Tensor, share: float) -> None:
+        """Try some squares on the images `rows`, those of `noise` (rows, squares, numbers), as if one by one."""
+        count = noise.shape[1]
+        asked, squares = torch.zeros_like(rows), torch.arange(count, device=rows.device)
+        while (asked < count).any():
+            which, square = (squares >= asked[:, None]).nonzero(as_tuple=True)
+            row = rows[which]
+            points = self.squares.propose(self.images[row], self.best[row], noise[which, square], share)
+            margins, won = self.judge(points, self.labels[row])
+            better = won | (margins > self.highest[row])
+            first = torch.full_like(rows, count).scatter_reduce_(0, which[better], square[better], "amin")
+            taken = better & (square == first[which])
+            to = row[taken]
+            self.best[to], self.highest[to], self.broken[to] = points[taken], margins[taken], won[taken]
+            asked = torch.where(self.broken[rows], count, first + 1)
 
 
 def best_of(runs: Iterable[Run], images: Tensor, labels: Tensor) -> Tensor:
