@@ -1,8 +1,8 @@
 """Retrieval: recall from image to text and from text to image, clean and under attack."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def recalls(clip: Any, images: Tensor, captions: Captions, ks: Sequence[int] = (
     text-to-image, each caption asks for its image. Equal scores stand in the order of the set, which neither side can
     profit from: a model that maps everything to one point gets the recall of a draw by lot.
     """
-    return pd.DataFrame(_rows(ranks(clip, images, captions), ks))
+    return attacked_recalls(clip, {"clean": None}, images, captions, ks).drop(columns=["attack", "drop", "broken"])
 
 
 def attacked_recalls(
@@ -50,8 +50,18 @@ def attacked_recalls(
     clean, rows = ranks(clip, images, captions), []
     for name, attack in progress(attacks.items(), "retrieval", unit="attack"):
         after = clean if attack is None else ranks(clip, *attacked(clip, attack, images, captions))
-        rows += [{"attack": name, **row} for row in _rows(after, ks, clean)]
+        for direction, k in product(clean, ks):
+            before, hits = (found[direction] < check_integer("k", k, 1) for found in (clean, after))
+            recall, low, high = wilson(int(hits.sum()), len(hits))
+            row = {"attack": name, "direction": direction, "k": k, "recall": recall, "low": low, "high": high}
+            rows.append(row | {"n": len(hits)} | _success(before, hits))
     return pd.DataFrame(rows)
+
+
+def _success(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """The absolute drop in points, and the share of the hits that are lost, in percent."""
+    lost = 100 * float((~after[before]).mean()) if before.any() else math.nan
+    return {"drop": 100 * float(before.mean() - after.mean()), "broken": lost}
 
 
 def attacked(clip: Any, attack: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
@@ -83,19 +93,18 @@ def ranks(clip: Any, images: Tensor, captions: Captions) -> Ranks:
     check_captions(captions, len(check_images(images)))
     texts = {text: place for place, text in enumerate(dict.fromkeys(chain(*captions)))}
     places = torch.tensor([texts[text] for text in chain(*captions)], device=images.device)  # equal texts tie exactly
-    text_features = clip.text_features(list(texts))
+    text_features, sizes = clip.text_features(list(texts)), [len(group) for group in captions]
     with torch.no_grad():
         features = torch.cat([clip.encode_images(part) for part in images.split(BATCH)])
     if not (features.isfinite().all() and text_features.isfinite().all()):
         raise ValueError("the features contain NaN or infinity, which no recall can be told from; restore the model")
-    sizes = torch.tensor([len(group) for group in captions], device=images.device)
-    owners = torch.arange(len(images), device=images.device).repeat_interleave(sizes)
+    owners = torch.tensor([row for row, size in enumerate(sizes) for _ in range(size)], device=images.device)
     of_images, of_texts = [], []
     for rows in torch.arange(len(owners), device=images.device).split(BATCH):
         of_images.append(_before((features[owners[rows]] @ text_features.T)[:, places], rows))
         of_texts.append(_before(text_features[places[rows]] @ features.T, owners[rows]))
-    first = [group.amin() for group in torch.cat(of_images).split(sizes.tolist())]
-    return {"image-to-text": torch.stack(first).cpu().numpy(), "text-to-image": torch.cat(of_texts).cpu().numpy()}
+    first = torch.stack([group.amin() for group in torch.cat(of_images).split(sizes)])
+    return {"image-to-text": first.cpu().numpy(), "text-to-image": torch.cat(of_texts).cpu().numpy()}
 
 
 def _before(scores: Tensor, targets: Tensor) -> Tensor:
@@ -103,19 +112,3 @@ def _before(scores: Tensor, targets: Tensor) -> Tensor:
     own = scores.gather(1, targets[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < targets[:, None]
     return ((scores > own) | ((scores == own) & earlier)).sum(1)
-
-
-def _rows(found: Ranks, ks: Sequence[int], clean: Ranks | None = None) -> Iterator[dict]:
-    """Rows of the table; with the clean ranks, both success rates."""
-    for direction, before in found.items():
-        for k in ks:
-            hits = before < check_integer("k", k, 1)
-            recall, low, high = wilson(int(hits.sum()), len(hits))
-            row = {"direction": direction, "k": k, "recall": recall, "low": low, "high": high, "n": len(hits)}
-            yield row | (_success(clean[direction] < k, hits) if clean else {})
-
-
-def _success(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """The absolute drop in points, and the share of the hits that are lost, in percent."""
-    lost = 100 * float((~after[before]).mean()) if before.any() else math.nan
-    return {"drop": 100 * float(before.mean() - after.mean()), "broken": lost}
