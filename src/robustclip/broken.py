@@ -3,8 +3,6 @@
 They exist to be caught: `robustclip.audit` has a check for each. All are defenses, `classifier -> classifier`.
 """
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,51 +21,44 @@ class Defended(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) pixels in [0, 1] to (n, classes) logits."""
-        return self.defense.logits(self.classifier, images)
+        return self.defense._logits(self.classifier, images)
 
 
-class Broken(ABC):
-    """A defense that only looks robust."""
+class Broken:
+    """A defense that only looks robust: `_logits` is what the defended classifier answers."""
 
     def __call__(self, classifier: Classifier) -> Defended:
         """The classifier behind this defense."""
         return Defended(classifier, self)
 
-    @abstractmethod
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """What the defended classifier answers."""
-
 
 @component
 class Quantised(Broken):
-    """Rounds pixels to a few levels: the gradient of a step function is zero, the adversarial examples remain."""
+    """f(round(x (levels - 1)) / (levels - 1)): a step function has no slope, the adversarial examples remain."""
 
     levels: int = 32
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """f(round(x (levels - 1)) / (levels - 1))."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         return classifier((images * (self.levels - 1)).round() / (self.levels - 1))
 
 
 @component
 class Saturated(Broken):
-    """Multiplies logits: no decision changes, but the softmax rounds to 0 and 1 and cross-entropy loses its slope."""
+    """scale f(x): no decision changes, but the softmax rounds to 0 and 1 and cross-entropy loses its slope."""
 
     scale: float = 1e4
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """scale f(x)."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         return self.scale * classifier(images)
 
 
 @component
 class Noisy(Broken):
-    """Adds random noise: an attack on one draw is judged by another draw, and each try is a new lottery ticket."""
+    """f(x + deviation z), z standard normal: an attack on one draw is judged by another, each try is a lottery."""
 
     deviation: float = 0.05
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """f(x + deviation z), z standard normal."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         return classifier(images + self.deviation * torch.randn_like(images))
 
 
@@ -78,8 +69,7 @@ class OptimisedAtTestTime(Broken):
     steps: int = 3
     step_size: float = 1 / 255
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """f(x + d) with d made by `steps` ascents on max log p, hidden from the attacker's gradient."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         moved = images.detach()
         for _ in range(self.steps):
             with torch.enable_grad():
@@ -93,21 +83,19 @@ class OptimisedAtTestTime(Broken):
 class Detached(Broken):
     """Denoises as x - (x - blur(x)), the first x detached: the output is right, the gradient points the wrong way."""
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """f(blur(x)) with the gradient of f(-(x - blur(x)))."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         noise = images - F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         return classifier(images.detach() - noise)
 
 
 @component
 class Planted(Broken):
-    """Answers wrongly in thin shells of brightness, one per `period`: planted examples to which no gradient points."""
+    """Shifts classes by one where mean(x) is near period (k + 1/2): planted examples to which no gradient points."""
 
     period: float
     width: float = 0.005
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """f(x), its classes shifted by one where the mean pixel is within half a `width` of period (k + 1/2)."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         logits, phase = classifier(images), images.detach().mean((1, 2, 3)) / self.period % 1
         inside = (phase - 0.5).abs() < self.width / 2
         return torch.where(inside[:, None], logits.roll(1, dims=1), logits)
@@ -115,32 +103,29 @@ class Planted(Broken):
 
 @component
 class BatchCentred(Broken):
-    """Subtracts the batch's mean logits, to balance the classes: the answer depends on who else is in the batch."""
+    """f(x_i) - mean_j f(x_j), to balance the classes: the answer depends on who else is in the batch."""
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """f(x_i) - mean_j f(x_j)."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         logits = classifier(images)
         return logits - logits.mean(0)
 
 
 @component
 class Offset(Broken):
-    """Puts the image on a large offset: harmless in float32, but bfloat16 has no digits left for the image."""
+    """f(I (x + offset) - offset), I a 1x1 convolution: harmless in float32, but bfloat16 has no digits left for x."""
 
     offset: float = 64.0
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """f(I (x + offset) - offset), I the identity as a 1x1 convolution."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         identity = torch.eye(3, device=images.device, dtype=images.dtype)[..., None, None]
         return classifier((F.conv2d(images + self.offset, identity) - self.offset).to(images.dtype))
 
 
 @component
 class SquareRooted(Broken):
-    """Adds a distance that is zero: the logits do not change, the derivative of the square root is infinite times 0."""
+    """f(x) + sqrt((x - x)^2): the logits do not change, the derivative of the square root is infinite times 0."""
 
-    def logits(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """f(x) + sqrt((x - x)^2)."""
+    def _logits(self, classifier: Classifier, images: Tensor) -> Tensor:
         return classifier(images) + (images - images).square().sum((1, 2, 3)).sqrt()[:, None]
 
 
