@@ -120,17 +120,21 @@ class Clip(nn.Module):
 def tokenize(tokenizer, texts: Sequence[str]) -> Tensor:
     """(k, length) tokens of k texts, as open_clip's tokenizers give them.
 
-    Those built on a Hugging Face tokenizer clean each text first and return more than the tokens, which takes longer
-    than all the rest: plain texts, that cleaning cannot change, go straight to the tokenizer.
+    Those of BERT's kind clean each text, which plain texts do not need, and never look beyond a blank: of many plain
+    texts each distinct word is read once. That takes a quarter of the time.
     """
     from open_clip.tokenizer import HFTokenizer, get_clean_fn
+    from transformers import BertTokenizerFast
 
     usual = isinstance(tokenizer, HFTokenizer) and tokenizer.clean_fn is get_clean_fn("whitespace")
-    if not usual or tokenizer.tokenizer_mode or tokenizer.strip_sep_token or not all(map(PLAIN.fullmatch, texts)):
+    usual = usual and not tokenizer.tokenizer_mode and isinstance(words := tokenizer.tokenizer, BertTokenizerFast)
+    if not usual or tokenizer.strip_sep_token or not all(map(PLAIN.fullmatch, texts)):
         return tokenizer(list(texts))
-    cut = {"max_length": tokenizer.context_length, "padding": "max_length", "truncation": True}
-    unused = {"return_attention_mask": False, "return_token_type_ids": False}
-    return torch.tensor(tokenizer.tokenizer(list(texts), **cut, **unused)["input_ids"])
+    known = dict.fromkeys(chain.from_iterable(text.split(" ") for text in texts))
+    known.update(zip(known, words([*known], add_special_tokens=False)["input_ids"], strict=True))
+    length, first, last = tokenizer.context_length, words.cls_token_id, words.sep_token_id
+    rows = [[first, *chain.from_iterable(map(known.get, text.split(" ")))][: length - 1] for text in texts]
+    return torch.tensor([[*row, last, *[words.pad_token_id] * (length - 1 - len(row))] for row in rows])
 
 
 def _reads_first(network: nn.Module) -> bool:
