@@ -280,8 +280,7 @@ def test_equal_labels_of_any_integer_type():
         (lambda: CoAttack(eps=0.1, steps=0), "steps=0"),
         (lambda: CoAttack(eps=0.1, start="left"), "unknown start 'left'.*one-sided, two-sided"),
         (lambda: CoAttack(eps=0.1, weight=-1), "weight=-1"),
-        (lambda: SGA(eps=0.1, scales=()), r"scales=\(\) .*one scale or more"),
-        (lambda: SGA(eps=0.1, scales=[1]), r"scales=\[1\] .*tuple"),
+        (lambda: SGA(eps=0.1, scales=()), "scales=0 "),
         (lambda: SGA(eps=0.1, scales=(1, 0)), "scales=0 "),
         (lambda: SGA(eps=0.1, noise=-0.1), "noise=-0.1"),
         (lambda: SGA(eps=0.1, seed=-1), "seed=-1"),
@@ -710,8 +709,12 @@ def test_on_the_embedded_model():
     assert (right | ~standing[2]).all()
 
 
-def test_feature_attacks_serve_sep_attack_in_retrieval():
+def test_feature_attacks_serve_sep_attack():
+    """They never stop early anyway, so that nothing changes when they run to the end."""
     clip, images = tiny_clip(), tiny_images(6)
-    found, _ = SepAttack(image=FeaturePGD(eps=0.05), text=SWAP).on_captions(clip, images, some_captions(6))
+    attack, labels = SepAttack(image=FeaturePGD(eps=0.05), text=SWAP), own_labels(clip, images)
+    found, _ = attack.on_captions(clip, images, some_captions(6))
     assert not torch.equal(found, images)
+    (pair,) = attack.pairs(clip, PROMPTS, images, labels)
+    assert torch.equal(pair.images, attack.image(ZeroShotClassifier(clip, PROMPTS), images, labels))
     assert issubclass(SepAttack, MultimodalAttack)

@@ -151,13 +151,9 @@ class SepAttack(MultimodalAttack):
         return [Pair(alone, prompts), Pair(images, attacked), Pair(both, attacked)]
 
     def _captioned(self, clip: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
-        """Image features turned away from where they were, and captions attacked on their own."""
         if not isinstance(self.image, Ascent) or not self.image.random_start:
             raise ValueError(f"image={self.image!r} cannot attack without labels; give PGD or APGD with a random start")
-        with torch.no_grad():
-            clean = clip.encode_images(images).double()
-        found = ascend(self.image, images, [divergence(clip.encode_images, (1, clean))])
-        return found, regroup(self.text(clip, list(chain(*captions))), captions)
+        return leave(self.image, clip.encode_images, images), regroup(self.text(clip, list(chain(*captions))), captions)
 
 
 @component
@@ -202,20 +198,15 @@ class CoAttack(Following):
 
     def _paired(self, clip: Any, prompts: list[str], images: Tensor, labels: Tensor, build: Build) -> list[Pair]:
         attacked = attacked_prompts(clip, self.text, prompts)
-        texts = clip.text_features(attacked)[labels]
-        return [Pair(self._follow(encoder(clip, build, texts.shape[1]), images, texts), attacked)]
+        texts = clip.text_features(attacked)[labels].double()
+        encode = encoder(clip, build, texts.shape[1])
+        return [Pair(leave(self._climber(), encode, images, (self.weight, texts)), attacked)]
 
     def _captioned(self, clip: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
         """Each image follows all of its captions: mean_m KL(p_m || q) is KL(mean_m p_m || q) up to a constant."""
         attacked = regroup(self.text(clip, list(chain(*captions))), captions)
         means = pooled(clip, attacked, lambda texts: texts.softmax(1)).log()
-        return self._follow(clip.encode_images, images, means), attacked
-
-    def _follow(self, encode: Encode, images: Tensor, texts: Tensor) -> Tensor:
-        """The ascent of the images, of which texts (n, d) only the softmax matters."""
-        with torch.no_grad():
-            clean = encode(images).double()
-        return ascend(self._climber(), images, [divergence(encode, (1, clean), (self.weight, texts.double()))])
+        return leave(self._climber(), clip.encode_images, images, (self.weight, means)), attacked
 
 
 @component
@@ -231,10 +222,7 @@ class SGA(Following):
     noise: float = 0.05
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scales, tuple) or not self.scales:
-            raise ValueError(f"scales={self.scales!r} is not allowed; give a tuple of one scale or more")
-        for scale in self.scales:
-            check_range("scales", scale, 0.01, 100)
+        check_range("scales", min(self.scales, default=0), 0.01)
         check_range("noise", self.noise, 0)
         if not hasattr(self.text, "against"):
             raise ValueError(f"text={self.text!r} cannot attack a text against an image; give a BertAttack")
@@ -256,7 +244,7 @@ class SGA(Following):
             views = self._views(points, images[rows], next(turns))
             return -sum((encode(view).double() * texts[rows]).sum(1) for view in views)
 
-        found = ascend(self._climber(), images, [loss])
+        found = ascend(self._climber(), images, loss)
         return found, self._rewrite(clip, encode, found, captions)
 
     def _rewrite(self, clip: Any, encode: Encode, images: Tensor, captions: Captions) -> Captions:
@@ -329,17 +317,22 @@ class OneSidedSteps(Steps):
         return (images + self.eps * own_noise(images, self.seed + 7919 * restart).abs()).clamp(0, 1)
 
 
-def ascend(climber: Ascent, images: Tensor, losses: Sequence[Loss]) -> Tensor:
+def ascend(climber: Ascent, images: Tensor, *losses: Loss) -> Tensor:
     """The points of highest loss in the eps-balls around the images; one run and restart for each loss."""
 
-    def objective(loss: Loss) -> Callable:
-        def on(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            values = loss(points, rows)
-            return values, torch.zeros_like(values, dtype=torch.bool)
+    def endless(loss: Loss) -> Callable:
+        return lambda points, rows: (loss(points, rows), points.new_zeros(len(points), dtype=torch.bool))
 
-        return lambda standing: lambda points, part: on(points, standing[part])
+    # As nobody leaves, the rows that stand are always all of them.
+    goals = [lambda _, loss=loss: endless(loss) for loss in losses]
+    return climber.maximise(goals, images) if climber.eps else images.clone()
 
-    return climber.maximise([objective(loss) for loss in losses], images) if climber.eps else images.clone()
+
+def leave(climber: Ascent, encode: Encode, images: Tensor, *references: tuple[float, Tensor]) -> Tensor:
+    """Images whose features leave where they were and, weighted, the references (n, d)."""
+    with torch.no_grad():
+        clean = encode(images).double()
+    return ascend(climber, images, divergence(encode, (1, clean), *references))
 
 
 def to_the_end(attack: Attack, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
@@ -358,6 +351,8 @@ def to_the_end(attack: Attack, classifier: Classifier, images: Tensor, labels: T
         return loss
 
     with frozen(classifier):
-        everything = torch.arange(len(images), device=images.device)
-        goals = [factory(everything) for factory in attack.objectives(classifier, images, labels)]
-        return ascend(attack, images, list(map(rewarded, goals)))
+        everything, factories = (
+            torch.arange(len(images), device=images.device),
+            attack.objectives(classifier, images, labels),
+        )
+        return ascend(attack, images, *(rewarded(factory(everything)) for factory in factories))
