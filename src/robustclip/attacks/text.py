@@ -246,7 +246,7 @@ class LabelAwareBertAttack(WordSubstitution):
     class k after the other, the others as they are by then. The clean prompt competes, so the loss never falls.
     """
 
-    images: int = 256
+    images: int = 1000  # at least one per class of the largest set
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -151,6 +151,7 @@ def _record(cell: Cell, bench: Bench, batches: list[dict]) -> dict:
         "cell": cell.describe() | {"source": samples.source},
         "correct": "".join("01"[hit] for hit in hits),
         "predicted": predicted,
+        "changes_images": not (cell.attack is None or isinstance(cell.attack, TextAttack)),
         "seconds": round(seconds, 3),
         "forward": int(forward),
         "backward": int(backward),
@@ -175,9 +176,9 @@ def _row(cell: dict, record: dict) -> dict:
 
 
 def _flags(record: dict) -> str:
-    """The audit's verdict in words; empty where nothing was attacked."""
+    """The audit's verdict in words; empty where no image was attacked."""
     cell = record["cell"]
-    if not cell["played_by"]:
+    if not record.get("changes_images", cell["played_by"]):
         return ""
     found = ["blind"] * (cell["attacker"] == "blind" and bool(cell["defended_by"]))
     found += record.get("flags", ["not audited"])
@@ -185,5 +186,5 @@ def _flags(record: dict) -> str:
 
 
 def _silent(cell: Cell) -> bool:
-    """Whether there is nothing to audit: no attack, or one that rewrites prompts."""
+    """Whether the audit has nothing to run on: no attack, or one that rewrites prompts."""
     return cell.attack is None or isinstance(cell.attack, TextAttack | MultimodalAttack)
