@@ -501,7 +501,7 @@ def test_repr_pastes_back_and_settings_are_frozen(attack):
 
 
 def test_only_the_label_aware_attack_asks_for_images():
-    assert (TextAttack.images, BertAttack().images, LabelAwareBertAttack().images) == (0, 0, 256)
+    assert (TextAttack.images, BertAttack().images, LabelAwareBertAttack().images) == (0, 0, 1000)
 
 
 @pytest.mark.parametrize(
