@@ -1,6 +1,7 @@
 """Measure our speed against the rivals' and write it down: `python benchmarks/run.py [--only image] [--rounds 3]`.
 
-Every `bench_NAME.py` beside this file has a function `measure(rounds)` that returns rows. They go to
+Every `bench_NAME.py` beside this file has a function `measure(rounds)` that returns rows of ours against a rival, and may
+have a function `scaling()` that returns rows of cost against size. They go to
 `results/cpu.json`, or to a file named after the GPU, each with the machine that measured it; benchmarks that did not
 run this time keep their older rows.
 """
@@ -93,7 +94,10 @@ def main() -> None:
     for name in options.only or names():
         print(f"{name}: {options.rounds} rounds on {options.threads} threads ...", flush=True)
         entry = circumstances(options.threads)
-        entry["rows"] = importlib.import_module(f"bench_{name}").measure(options.rounds)
+        bench = importlib.import_module(f"bench_{name}")
+        entry["rows"] = bench.measure(options.rounds)
+        if hasattr(bench, "scaling"):
+            entry["scaling"] = bench.scaling()
         record(options.out or target(), name, entry)
         print(table(entry["rows"]), flush=True)
 

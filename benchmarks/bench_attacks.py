@@ -1,0 +1,155 @@
+"""AutoAttack against torchattacks' AutoAttack, and what attacks cost as images, steps, classes and budgets grow.
+
+Ours is `Fast(attack=AutoAttack(...))`, with its check of every image in float32 inside the time. torchattacks runs ten
+steps of APGD and FAB and 5,000 queries of Square; so does ours here. Both leave broken images out of later parts.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from bench_image import EPS, accuracy, pgd_trained
+from side_by_side import side_by_side
+from torch import Tensor
+
+from robustclip import _torchvision, models
+from robustclip.attacks import APGD, PGD, AutoAttack, Fast
+from robustclip.data.roles import role, tinyworld_samples
+from robustclip.progress import progress
+
+_torchvision.prepare()
+import torchattacks  # noqa: E402  torchvision has to be prepared first
+
+IMAGES = 48
+STEPS, QUERIES = 10, 5000  # what torchattacks has fixed
+WEAK = 1 / 255  # a budget at which most images stand
+BATCH = 64  # images attacked at once where their number grows
+
+
+def measure(rounds: int = 3) -> list[dict]:
+    """One row for the undefended embedded model, one for the PGD-trained one."""
+    return [duel(trained, rounds) for trained in progress((False, True), "AutoAttack", unit="case")]
+
+
+def duel(trained: bool, rounds: int) -> dict:
+    """Standard AutoAttack at 6/255 on both sides; accuracies in percent, in float32."""
+    clip = pgd_trained("cifar10") if trained else models.load(device="cpu")
+    classifier, (images, labels) = models.zero_shot(clip, role("cifar10")), pictures(IMAGES)
+    ours = Fast(attack=AutoAttack(eps=EPS, steps=STEPS, queries=QUERIES))
+    rival = torchattacks.AutoAttack(classifier, eps=EPS, version="standard", seed=0)
+    APGD(eps=EPS, steps=2)(classifier, images, labels)  # warm up: a whole round takes long
+    with torch.random.fork_rng():
+        timing = side_by_side(
+            lambda: ours(classifier, images, labels), lambda: rival(images, labels), rounds, warm_up=False
+        )
+    return timing.row(
+        f"AutoAttack (standard), {'PGD-trained' if trained else 'undefended'} {models.EMBEDDED}, cifar10",
+        accuracy_ours=accuracy(classifier, timing.our_result, labels),
+        accuracy_rival=accuracy(classifier, timing.rival_result, labels),
+        note=f"{IMAGES} images, {STEPS} steps, {QUERIES:,} queries, eps {EPS * 255:g}/255",
+    )
+
+
+def pictures(n: int) -> tuple[Tensor, Tensor]:
+    """Tinyworld's test images of ten classes, and their labels."""
+    pixels, labels, _, _ = tinyworld_samples("cifar10", "test", n)
+    return pixels.float() / 255, labels
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def scaling() -> list[dict]:
+    """Seconds and peak memory of attacks on the undefended embedded model, one quantity growing at a time.
+
+    The budget is small, so most images stand and no work goes away; only the sweep over budgets reaches 8/255.
+    """
+    cases = [
+        *((by_images, attack, n) for attack in (PGD, APGD) for n in (64, 128, 256, 512)),
+        *((by_steps, attack, steps) for attack in (PGD, APGD) for steps in (5, 10, 20, 40)),
+        *((by_classes, PGD, classes) for classes in (10, 100, 1000)),
+        *((case, PGD, count) for case in (by_budgets, by_budgets_apart) for count in (1, 2, 4, 8)),
+    ]
+    rows = []
+    for case, attack, value in progress(cases, "growth", unit="case"):
+        row = {"grows": case.__name__.removeprefix("by_"), "value": value, "attack": attack.__name__}
+        rows.append(row | cost(case(attack, value)))
+    return rows
+
+
+Work = Callable[[], object]
+
+
+def by_images(kind: type[PGD], n: int) -> Work:
+    """Ten steps on n images, `BATCH` at a time."""
+    classifier, (images, labels) = undefended(), pictures(n)
+    attack, batches = kind(eps=WEAK, steps=10), list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    return lambda: [accuracy(classifier, attack(classifier, *batch), batch[1]) for batch in batches]
+
+
+def by_steps(kind: type[PGD], steps: int) -> Work:
+    """So many steps on one batch."""
+    return partial(kind(eps=WEAK, steps=steps), undefended(), *pictures(BATCH))
+
+
+def by_classes(kind: type[PGD], classes: int) -> Work:
+    """Ten steps on one batch, on a head of so many classes."""
+    classifier = models.ZeroShotClassifier(models.load(device="cpu"), role("imagenet").prompts[:classes])
+    images, _ = pictures(BATCH)
+    with torch.no_grad():
+        labels = classifier(images).argmax(1)
+    return partial(kind(eps=WEAK, steps=10), classifier, images, labels)
+
+
+def by_budgets(kind: type[PGD], count: int) -> Work:
+    """So many budgets up to 8/255 in one call of `sweep`."""
+    return partial(kind(eps=WEAK, steps=10).sweep, undefended(), *pictures(BATCH), budgets(count))
+
+
+def by_budgets_apart(kind: type[PGD], count: int) -> Work:
+    """The same budgets, each in a call of its own."""
+    classifier, batch = undefended(), pictures(BATCH)
+    return lambda: [kind(eps=eps, steps=10)(classifier, *batch) for eps in budgets(count)]
+
+
+def budgets(count: int) -> list[float]:
+    """Evenly spaced up to 8/255."""
+    return [8 / 255 * (place + 1) / count for place in range(count)]
+
+
+def undefended() -> models.ZeroShotClassifier:
+    """The embedded model on ten classes."""
+    return models.zero_shot(models.load(device="cpu"), role("cifar10"))
+
+
+def cost(work: Work, rounds: int = 3) -> dict:
+    """The best time of some rounds, and how far memory rises above what is held before, in MB."""
+    work()
+    seconds, peaks = [], []
+    for _ in range(rounds):
+        before = watch_memory()
+        begin = perf_counter()
+        work()
+        seconds.append(perf_counter() - begin)
+        peaks.append(peak_memory() - before)
+    return {"seconds": min(seconds), "peak_megabytes": max(peaks)}
+
+
+def watch_memory() -> float:
+    """Start to watch the peak of this process's memory; what it holds now, in MB. Linux with glibc only."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what is no longer used
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_memory() -> float:
+    """The most memory held since `watch_memory`, in MB."""
+    return _status("VmHWM")
+
+
+def _status(entry: str) -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) / 1024
