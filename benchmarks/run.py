@@ -1,8 +1,8 @@
 """Measure our speed against the rivals' and write it down: `python benchmarks/run.py [--only image] [--rounds 3]`.
 
 Every `bench_NAME.py` beside this file has a function `measure(rounds)` that returns rows of ours against a rival, and
-may have a function `scaling()` that returns rows of cost against size. They go to `results/cpu.json`, or to a file named
-after the GPU, each with the machine that measured it; benchmarks that did not run this time keep their older rows.
+may have a function `scaling()` that returns rows of cost against size. They go to `results/cpu.json`, or to a file
+named after the GPU, each with the machine that measured it; benchmarks that did not run now keep their older rows.
 """
 
 import argparse
