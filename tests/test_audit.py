@@ -107,14 +107,14 @@ ATTACKS = [
 HEALTHY = [PGD(eps=EPS), PGD(eps=EPS, loss="margin", restarts=2), PGD(eps=0.5, norm="l2")]
 
 
-@pytest.mark.parametrize(("defense", "caught_by"), CLASSIFIERS, ids=repr)
+@pytest.mark.parametrize(("defense", "caught_by"), CLASSIFIERS, ids=[repr(defense) for defense, _ in CLASSIFIERS])
 def test_broken_classifiers_are_caught(templates, defense, caught_by):
     classifier, images, labels = templates
     found = audit(defense(classifier), PGD(eps=EPS), images, labels, surrogate=classifier, checks=sorted(caught_by))
     assert found.flags == tuple(sorted(caught_by))
 
 
-@pytest.mark.parametrize(("attack", "caught_by"), ATTACKS, ids=repr)
+@pytest.mark.parametrize(("attack", "caught_by"), ATTACKS, ids=[repr(attack) for attack, _ in ATTACKS])
 def test_broken_attacks_are_caught(templates, attack, caught_by):
     assert audit(templates[0], attack, *templates[1:], checks=sorted(caught_by)).flags == tuple(sorted(caught_by))
 
@@ -373,7 +373,7 @@ def test_the_table_has_one_row_per_check_in_the_order_asked(tiny):
         ({"classifier": lambda images: images.flatten(1) * math.nan}, "NaN or infinite logits"),
         ({"attack": PGD(eps=0.02, target_class=9)}, "target_class=9 is out of range"),
     ],
-    ids=str,
+    ids=["check", "seed", "batch size", "no images", "bytes", "float labels", "label", "few labels", "nan", "target"],
 )
 def test_bad_arguments_are_named(tiny, change, words):
     classifier, images, labels = tiny

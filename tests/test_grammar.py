@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pretraining
 from robustclip.data import grammar, tinyworld
 from robustclip.data.grammar import COLUMNS, SPECIAL_TOKENS, Speaker, article, noun_phrase, vocabulary, words
 from robustclip.data.roles import role, role_names
 from robustclip.data.tinyworld import ANY, Scenes, world
-from robustclip.training import pretrain
 
 OBJECT = ("shape", "color", "texture")
 RELATIONS = {"above": (0, 1), "over": (0, 1), "below": (0, 2), "under": (0, 2), "left of": (1, 1), "right of": (1, 2)}
@@ -158,7 +158,7 @@ def test_noun_phrase():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return pretrain.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return pretraining.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def assert_whole_words(tokenizer, texts):
@@ -167,7 +167,7 @@ def assert_whole_words(tokenizer, texts):
         tokens = tokenizer.tokenize(text)
         assert "[UNK]" not in tokens, text
         assert not [token for token in tokens if token.startswith("##")], (text, tokens)
-        assert len(tokens) + 2 <= pretrain.CONTEXT, f"{len(tokens) + 2} tokens: {text}"
+        assert len(tokens) + 2 <= pretraining.CONTEXT, f"{len(tokens) + 2} tokens: {text}"
 
 
 def test_vocabulary():
@@ -208,8 +208,8 @@ def test_role_prompts_are_made_of_whole_words(tokenizer, name):
 
 def test_tokens_survive_the_round_trip(tokenizer):
     text = "this is a photo of a striped red star."
-    tokens = pretrain.tokenize(tokenizer, [text])
-    assert tokens.shape == (1, pretrain.CONTEXT)
+    tokens = pretraining.tokenize(tokenizer, [text])
+    assert tokens.shape == (1, pretraining.CONTEXT)
     assert tokenizer.decode(tokens[0], skip_special_tokens=True).replace(" .", ".") == text
     assert (tokens[0][tokens[0] < 5] != SPECIAL_TOKENS.index("[UNK]")).all()
     assert grammar.vocabulary()[tokens[0, 1]] == "this"
