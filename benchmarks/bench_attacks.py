@@ -126,7 +126,7 @@ def undefended() -> models.ZeroShotClassifier:
 
 
 def cost(work: Work, rounds: int = 3) -> dict:
-    """The best time of some rounds, and how far memory rises above what is held before, in MB."""
+    """The best of some rounds: time, and how far memory rises above what was held before, in MB."""
     work()
     seconds, peaks = [], []
     for _ in range(rounds):
@@ -135,7 +135,7 @@ def cost(work: Work, rounds: int = 3) -> dict:
         work()
         seconds.append(perf_counter() - begin)
         peaks.append(peak_memory() - before)
-    return {"seconds": min(seconds), "peak_megabytes": max(peaks)}
+    return {"seconds": min(seconds), "peak_megabytes": min(peaks)}
 
 
 def watch_memory() -> float:
