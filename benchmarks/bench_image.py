@@ -96,18 +96,18 @@ def vit_attack(rounds: int) -> dict:
 
 
 def vit_gradients(rounds: int) -> dict:
-    """Ten gradients of the whole batch: what forward and backward passes alone gain."""
+    """Two gradients of the whole batch: what forward and backward passes alone gain."""
     classifier = random_vit()
     images, labels = own_predictions(classifier, BATCH)
     twin = fast_classifier(classifier)
     timing = side_by_side(
-        lambda: [gradient(twin, images, labels) for _ in range(10)],
-        lambda: [gradient(classifier, images, labels) for _ in range(10)],
+        lambda: [gradient(twin, images, labels) for _ in range(2)],
+        lambda: [gradient(classifier, images, labels) for _ in range(2)],
         rounds,
     )
     cosine = F.cosine_similarity(timing.our_result[0].flatten(1), timing.rival_result[0].flatten(1))
     note = f"no image leaves; cosine of the gradients at least {cosine.min():.4f}"
-    return timing.row("10 gradients, random ViT-B-32", accuracy_ours=None, accuracy_rival=None, note=note)
+    return timing.row("2 gradients, random ViT-B-32", accuracy_ours=None, accuracy_rival=None, note=note)
 
 
 def throughput(precision: str, device: str, batch: int, rounds: int) -> dict:
