@@ -67,13 +67,16 @@ def record(path: Path, name: str, entry: dict) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in columns: seconds, ratio with its range, accuracies in percent."""
-    lines = [f"{'':58}{'ours s':>9}{'rival s':>9}{'ratio':>8}{'range':>14}{'ours %':>8}{'rival %':>8}"]
+    """The rows in columns: seconds, ratio with its range, ratio of processor seconds, accuracies in percent."""
+    lines = [f"{'':58}{'ours s':>9}{'rival s':>9}{'ratio':>8}{'range':>14}{'cpu':>7}{'ours %':>8}{'rival %':>8}"]
     for row in rows:
         spread = f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}"
         scores = "".join(f"{_score(row.get(key)):>8}" for key in ("accuracy_ours", "accuracy_rival"))
-        figures = f"{row['ours_seconds']:9.3f}{row['rival_seconds']:9.3f}{row['ratio']:8.2f}{spread:>14}{scores}"
-        lines += [f"{row['name'][:57]:58}{figures}", *([f"    {row['note']}"] if row.get("note") else [])]
+        figures = f"{row['ours_seconds']:9.3f}{row['rival_seconds']:9.3f}{row['ratio']:8.2f}{spread:>14}"
+        lines += [
+            f"{row['name'][:57]:58}{figures}{row['ratio_processor']:7.2f}{scores}",
+            *([f"    {row['note']}"] if row.get("note") else []),
+        ]
     return "\n".join(lines)
 
 

@@ -57,12 +57,12 @@ class _Twin(Clip):
         """At least two images, as products with one row round differently; with convolutions on a CPU, few sizes.
 
         There every new batch size has new kernels made, which takes longer than to use them, and broken images leave
-        all the time. One of (8, 16, 24, 32, 40, ..., 64, 80, ..., 128, 160, ...) costs a tenth more work instead.
+        all the time. One of (8, 16, ..., 64, 96, 128, ..., 512, 576, ...) costs a little more work instead.
         """
         n = max(1, len(images))
         if images.is_cuda or not any(isinstance(module, nn.Conv2d) for module in self.network.visual.modules()):
             return max(n, 2)
-        step = max(8, 1 << max(0, (n - 1).bit_length() - 3))
+        step = 8 if n <= 64 else max(32, 1 << (n - 1).bit_length() - 4)
         return -(-n // step) * step
 
 
