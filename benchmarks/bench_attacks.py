@@ -8,11 +8,10 @@ import ctypes
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from bench_image import EPS, accuracy, pgd_trained
-from side_by_side import side_by_side
+from side_by_side import seconds, side_by_side
 from torch import Tensor
 
 from robustclip import _torchvision, models
@@ -26,7 +25,7 @@ import torchattacks  # noqa: E402  torchvision has to be prepared first
 IMAGES = 48
 STEPS, QUERIES = 10, 5000  # what torchattacks has fixed
 WEAK = 1 / 255  # a budget at which most images stand
-BATCH = 64  # images attacked at once where their number grows
+BATCH = 32  # images attacked at once where their number grows
 
 
 def measure(rounds: int = 3) -> list[dict]:
@@ -68,15 +67,19 @@ def scaling() -> list[dict]:
     The budget is small, so most images stand and no work goes away; only the sweep over budgets reaches 8/255.
     """
     cases = [
-        *((by_images, attack, n) for attack in (PGD, APGD) for n in (64, 128, 256, 512)),
+        *((by_images, attack, n) for attack in (PGD, APGD) for n in (32, 64, 128, 256)),
         *((by_steps, attack, steps) for attack in (PGD, APGD) for steps in (5, 10, 20, 40)),
         *((by_classes, PGD, classes) for classes in (10, 100, 1000)),
         *((case, PGD, count) for case in (by_budgets, by_budgets_apart) for count in (1, 2, 4, 8)),
     ]
-    rows = []
-    for case, attack, value in progress(cases, "growth", unit="case"):
-        row = {"grows": case.__name__.removeprefix("by_"), "value": value, "attack": attack.__name__}
-        rows.append(row | cost(case(attack, value)))
+    rows, works = [], []
+    for case, attack, value in progress(cases, "seconds", unit="case"):
+        works.append(case(attack, value))
+        rows.append({"grows": case.__name__.removeprefix("by_"), "value": value, "attack": attack.__name__})
+        rows[-1]["seconds"] = best_time(works[-1])
+    ctypes.CDLL("libc.so.6").mallopt(-3, 2**16)  # large blocks come from the system and go back at once, but slower
+    for row, work in zip(rows, progress(works, "memory", unit="case"), strict=True):
+        row["peak_megabytes"] = peak_memory(work)
     return rows
 
 
@@ -125,29 +128,18 @@ def undefended() -> models.ZeroShotClassifier:
     return models.zero_shot(models.load(device="cpu"), role("cifar10"))
 
 
-def cost(work: Work, rounds: int = 3) -> dict:
-    """The best of some rounds: time, and how far memory rises above what was held before, in MB."""
+def best_time(work: Work, rounds: int = 2) -> float:
+    """Seconds of the fastest round."""
     work()
-    seconds, peaks = [], []
-    for _ in range(rounds):
-        before = watch_memory()
-        begin = perf_counter()
-        work()
-        seconds.append(perf_counter() - begin)
-        peaks.append(peak_memory() - before)
-    return {"seconds": min(seconds), "peak_megabytes": min(peaks)}
+    return min(seconds(work)[0] for _ in range(rounds))
 
 
-def watch_memory() -> float:
-    """Start to watch the peak of this process's memory; what it holds now, in MB. Linux with glibc only."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what is no longer used
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak_memory() -> float:
-    """The most memory held since `watch_memory`, in MB."""
-    return _status("VmHWM")
+def peak_memory(work: Work) -> float:
+    """How far this process's memory rises above what was held before, in MB. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
 
 
 def _status(entry: str) -> float:
