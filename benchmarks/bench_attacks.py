@@ -22,7 +22,7 @@ from robustclip.progress import progress
 _torchvision.prepare()
 import torchattacks  # noqa: E402  torchvision has to be prepared first
 
-IMAGES = 48
+IMAGES = 200
 STEPS, QUERIES = 10, 5000  # what torchattacks has fixed
 WEAK = 1 / 255  # a budget at which most images stand
 BATCH = 32  # images attacked at once where their number grows
