@@ -60,8 +60,9 @@ class TinyClip(nn.Module):
     def device(self) -> torch.device:
         return self.weight.device
 
-    def _computed(self) -> dict:
-        return self.kept.setdefault(self.weight._version, {})
+    def remembered(self, key, compute):
+        known = self.kept.setdefault(self.weight._version, {})
+        return known[key] if key in known else known.setdefault(key, compute())
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         self.seen.append(tuple(images.shape))

@@ -25,19 +25,19 @@ def fast(clip: Clip, precision: str = "bfloat16") -> Clip:
     Modules it does not know are cast and otherwise left as they are; without a convolution over pixels nothing is cast.
     """
     check_choice("precision", precision, PRECISIONS)
-    known, key = clip._computed(), ("fast", precision)
-    if key not in known:
-        with torch.no_grad():
-            tower = _tower(clip.network.visual, PRECISIONS[precision])
-        twin = _relative(_Twin, clip, network=_relative(type(clip.network), clip.network, visual=tower))
-        twin._kept = ((), {})
-        known[key] = twin
-    return known[key]
+    return clip.remembered(("fast", precision), lambda: _twin(clip, PRECISIONS[precision]))
 
 
 def fast_classifier(classifier: ZeroShotClassifier, precision: str = "bfloat16") -> ZeroShotClassifier:
     """The same prompts and the same text features on the twin of the classifier's CLIP."""
     return _relative(ZeroShotClassifier, classifier, clip=fast(classifier.clip, precision))
+
+
+def _twin(clip: Clip, dtype: torch.dtype) -> Clip:
+    tower = _tower(clip.network.visual, dtype)
+    twin = _relative(_Twin, clip, network=_relative(type(clip.network), clip.network, visual=tower))
+    twin._kept = ((), {})
+    return twin
 
 
 class _Twin(Clip):
@@ -73,6 +73,7 @@ def _relative(kind: type[nn.Module], module: nn.Module, **children: nn.Module) -
     return relative
 
 
+@torch.no_grad()
 def _tower(visual: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of an image tower that takes float32 pixels and computes in `dtype`."""
     tower = copy.deepcopy(visual).eval().requires_grad_(False)

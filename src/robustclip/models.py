@@ -13,10 +13,11 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from importlib.resources import as_file, files
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,25 +71,28 @@ class Clip(nn.Module):
         """The inverse temperature exp(s) that multiplies cosines."""
         return self.network.logit_scale.exp()
 
-    def _computed(self) -> dict:
-        """What was computed from the weights; forgotten as soon as one of them moves or changes in place."""
+    def remembered(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute()` returned when last asked for by this key; forgotten as soon as a weight moves or changes."""
         weights = chain(self.network.parameters(), self.network.buffers())
         state = tuple((weight.data_ptr(), weight._version) for weight in weights)
         if self._kept[0] != state:
             self._kept = (state, {})
-        return self._kept[1]
+        known = self._kept[1]
+        if key not in known:
+            known[key] = compute()
+        return known[key]
 
     @property
     def digest(self) -> str:
         """Short fingerprint of all weights, independent of device and of where they were loaded from."""
-        known = self._computed()
-        if "digest" not in known:
-            fingerprint = hashlib.sha256()
-            for name, value in sorted(self.network.state_dict().items()):
-                fingerprint.update(name.encode())
-                fingerprint.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            known["digest"] = fingerprint.hexdigest()[:16]
-        return known["digest"]
+        return self.remembered("digest", self._fingerprint)
+
+    def _fingerprint(self) -> str:
+        fingerprint = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            fingerprint.update(name.encode())
+            fingerprint.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return fingerprint.hexdigest()[:16]
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] to what the image tower expects."""
@@ -110,11 +114,12 @@ class Clip(nn.Module):
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """As `encode_texts`, without gradients and computed once per set of texts."""
-        known, key = self._computed(), tuple(texts)
-        if key not in known:
-            with torch.no_grad():
-                known[key] = torch.cat([self.encode_texts(key[i : i + 512]) for i in range(0, len(key), 512)])
-        return known[key]
+        texts = tuple(texts)
+        return self.remembered(("texts", texts), lambda: self._read(texts))
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[str]) -> Tensor:
+        return torch.cat([self.encode_texts(texts[i : i + 512]) for i in range(0, len(texts), 512)])
 
 
 def tokenize(tokenizer, texts: Sequence[str]) -> Tensor:

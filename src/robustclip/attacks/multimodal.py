@@ -67,10 +67,8 @@ def check_captions(captions: Sequence[Sequence[str]], images: int) -> None:
 
 def attacked_prompts(clip: Any, text: TextAttack, prompts: Sequence[str]) -> list[str]:
     """The prompts after the text attack, computed once as long as the weights stay."""
-    known, key = clip._computed(), ("attacked", repr(text), tuple(prompts))
-    if key not in known:
-        known[key] = text(clip, list(prompts))
-    return list(known[key])
+    key = ("attacked", repr(text), tuple(prompts))
+    return list(clip.remembered(key, lambda: text(clip, list(prompts))))
 
 
 class MultimodalAttack(ABC):
