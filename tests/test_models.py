@@ -2,7 +2,7 @@
 
 import copy
 import json
-import shutil
+from importlib.resources import as_file, files
 from types import SimpleNamespace
 
 import pytest
@@ -191,9 +191,48 @@ def test_save_in_place_keeps_the_folder_whole(folder):
 
 
 def test_save_needs_a_configuration(clip, tmp_path):
-    nameless = models.Clip(copy.deepcopy(clip.network), clip.tokenizer, "from-the-network")
-    with pytest.raises(ValueError, match="'from-the-network' was not loaded from a folder"):
+    nameless = models.Clip(copy.deepcopy(clip.network), clip.tokenizer, "by-hand")
+    with pytest.raises(ValueError, match="'by-hand' has no config to be written; make it with `load`"):
         save(nameless, tmp_path)
+
+
+def without_weights(monkeypatch):
+    """open_clip starts from random weights instead of downloading some."""
+    honest = open_clip.create_model
+
+    def create(architecture, **options):
+        options |= {"require_pretrained": False, "load_weights": False}
+        monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: "unused")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return honest(architecture, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+
+
+@pytest.mark.parametrize(("weights", "quick"), [("openai", True), ("laion2b_e16", False)])
+def test_a_pretrained_pair_is_saved_and_comes_back(small_vit, monkeypatch, tmp_path, weights, quick):
+    """What its config says, activation included: the features are the same to the last bit."""
+    without_weights(monkeypatch)
+    clip = load(f"ViT-B-32/{weights}", device="cpu")
+    monkeypatch.undo()
+    again = load(save(clip, tmp_path), device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CONFIG, WEIGHTS])
+    assert again.network.visual.preprocess_cfg.keys() == clip.network.visual.preprocess_cfg.keys()
+    assert torch.equal(again.mean, clip.mean)
+    assert type(again.network.transformer.resblocks[0].mlp.gelu).__name__ == ("QuickGELU" if quick else "GELU")
+    pixels, texts = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(0)), ["a red star", "a cup & more"]
+    assert torch.equal(again.encode_images(pixels), clip.encode_images(pixels))
+    assert torch.equal(again.encode_texts(texts), clip.encode_texts(texts))
+    assert again.digest == clip.digest
+
+
+@pytest.fixture
+def small_vit(monkeypatch):
+    """open_clip's ViT-B-32 has one layer a tower."""
+    config = open_clip.get_model_config("ViT-B-32")
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 1
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", config)
 
 
 @pytest.fixture(scope="module")
@@ -299,26 +338,34 @@ def refuse(*_, **__):
     raise OSError("no network")
 
 
-def test_a_hub_model_without_weights_is_an_error(clip, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub's cache holds the embedded model as org/model."""
+    with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as folder:
+        config = json.loads((folder / CONFIG).read_text())
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(folder)
+        monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: copy.deepcopy(config))
+        monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", lambda *_, **__: str(folder / WEIGHTS))
+        yield monkeypatch
+
+
+def test_a_hub_model_without_weights_is_an_error(hub):
     """open_clip would log a warning and go on with random weights."""
-    config = json.loads((clip.folder / CONFIG).read_text())
-    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(clip.folder)
-    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: copy.deepcopy(config))
-    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", refuse)
+    hub.setattr("open_clip.factory.download_pretrained_from_hf", refuse)
     with pytest.raises(OSError, match="could not fetch 'hf-hub:org/model'"):
         load("hf-hub:org/model")
 
 
-def test_a_hub_model_in_the_cache_loads(clip, monkeypatch):
-    """What the hub's cache returns is used: configuration, weights and tokenizer files."""
-    config = json.loads((clip.folder / CONFIG).read_text())
-    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(clip.folder)
-    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: copy.deepcopy(config))
-    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", lambda *_, **__: str(clip.folder / WEIGHTS))
+def test_a_hub_model_in_the_cache_loads(clip, images, hub, tmp_path):
+    """What the hub's cache returns is used: configuration, weights and tokenizer files; `save` writes them all."""
     own = load("hf-hub:org/model", device="cpu")
     assert own.digest == clip.digest
     assert own.name == "hf-hub:org/model"
-    assert own.folder is None
+    hub.undo()
+    again = load(save(own, tmp_path), device="cpu")
+    assert torch.equal(again.encode_images(images), own.encode_images(images))
+    texts = ["a red star", "two blue fish & more"]
+    assert torch.equal(again.encode_texts(texts), own.encode_texts(texts))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +389,7 @@ def test_activation_follows_the_weights(monkeypatch, name, quick):
 def test_a_folder_goes_before_an_architecture(clip, tmp_path, monkeypatch):
     """A local folder that happens to be called like an open_clip pair."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(clip.folder, tmp_path / "ViT-B-32" / "openai")
+    save(clip, tmp_path / "ViT-B-32" / "openai")
     assert load("ViT-B-32/openai", device="cpu").digest == clip.digest
 
 

@@ -12,7 +12,6 @@ The name says where a model comes from:
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Hashable, Sequence
 from importlib.resources import as_file, files
 from itertools import chain
@@ -49,9 +48,10 @@ def pick_device(name: str = "auto") -> torch.device:
 class Clip(nn.Module):
     """A CLIP over pixels: resize and normalisation happen inside, features are unit rows."""
 
-    def __init__(self, network: nn.Module, tokenizer, name: str, folder: Path | None = None) -> None:
+    def __init__(self, network: nn.Module, tokenizer, name: str, config: dict | None = None) -> None:
         super().__init__()
-        self.network, self.tokenizer, self.name, self.folder = network, tokenizer, name, folder
+        self.network, self.tokenizer, self.name = network, tokenizer, name
+        self.config = config  # open_clip's "model_cfg", from which `save` describes the network
         size = network.visual.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         preprocess = network.visual.preprocess_cfg
@@ -202,18 +202,19 @@ def load(name: str | Path = EMBEDDED, device: str = "auto", precision: str = "fl
 
 
 def save(clip: Clip, folder: Path | str) -> Path:
-    """Write a CLIP as a folder that `load` and open_clip itself can read; it must come from such a folder."""
+    """Write a CLIP, wherever it was loaded from, as a folder that `load` and open_clip itself can read."""
+    from open_clip.tokenizer import HFTokenizer
     from safetensors.torch import save_file
 
-    if clip.folder is None:
-        raise ValueError(f"{clip.name!r} was not loaded from a folder, so its configuration cannot be written again")
+    if clip.config is None:
+        raise ValueError(f"{clip.name!r} has no config to be written; make it with `load`, or give Clip its model_cfg")
     weights = {key: value.detach().cpu().contiguous() for key, value in clip.network.state_dict().items()}
     needed = sum(value.nbytes for value in weights.values()) / 1e6
     folder = check_folder(Path(folder), needed + 1)
-    others = (WEIGHTS, "README.md", "training.json")  # they are about the weights that were loaded
-    for path in clip.folder.iterdir():
-        if path.is_file() and path.name not in others and folder.resolve() != clip.folder.resolve():
-            shutil.copy(path, folder / path.name)
+    config = {"model_cfg": clip.config, "preprocess_cfg": clip.network.visual.preprocess_cfg}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if isinstance(clip.tokenizer, HFTokenizer):  # the other kinds are part of open_clip
+        clip.tokenizer.tokenizer.save_pretrained(folder)
     temporary = folder / f"{WEIGHTS}.tmp"
     save_file(weights, temporary)
     temporary.replace(folder / WEIGHTS)
@@ -237,9 +238,9 @@ def _load_folder(folder: Path, name: str) -> Clip:
                 "open_clip's format, 'ViT-B-32/openai' or another open_clip pair, or 'hf-hub:organisation/model'"
             )
     try:
-        json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
         network = open_clip.create_model(f"local-dir:{folder}")
-        return Clip(network, open_clip.get_tokenizer(f"local-dir:{folder}"), name, folder)
+        return Clip(network, open_clip.get_tokenizer(f"local-dir:{folder}"), name, config)
     except Exception as error:
         raise ValueError(f"cannot read the CLIP in {str(folder)!r}: {error}; restore or retrain it") from error
 
@@ -259,7 +260,8 @@ def _load_remote(architecture: str, pretrained: str | None) -> Clip:
         network = open_clip.create_model(
             architecture, pretrained=pretrained, force_quick_gelu=quick, require_pretrained=True
         )
-        return Clip(network, open_clip.get_tokenizer(architecture), name)
+        config = open_clip.get_model_config(architecture) | ({"quick_gelu": True} if quick else {})
+        return Clip(network, open_clip.get_tokenizer(architecture), name, config)
     except Exception as error:
         raise OSError(
             f"could not fetch {name!r} ({type(error).__name__}: {error}). It is downloaded once, 0.6 GB for a ViT-B; "
