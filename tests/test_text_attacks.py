@@ -297,6 +297,33 @@ def test_each_distinct_text_is_encoded_once_and_each_prompt_read_once(toy):
     assert attacked[0] == attacked[2]
 
 
+def test_prompts_are_read_again_by_the_clip_only(toy):
+    table = EVERY | {"blue": {"green": 5.0, "red": 3.0}}
+    model, prompts = toy(table), ["red fish", "blue star", "red star"]
+    before = BertAttack()(BagOfWords(), prompts)
+    turned = BagOfWords()
+    turned.vector = lambda word: BagOfWords.vector(turned, word[::-1] + "x")
+    after = BertAttack()(turned, [*prompts, "blue fish"])
+    assert model.network.rows == 4
+    BertAttack(**RELEASED)(turned, prompts)
+    assert model.network.rows == 7
+    toy(table)
+    assert BertAttack()(turned, [*prompts, "blue fish"]) == after
+    assert before != after[:3]
+
+
+def test_the_memory_of_the_language_model_is_bounded(toy, monkeypatch):
+    model, prompts = toy(EVERY), ["red fish", "fish red", "fish star"]
+    monkeypatch.setattr(text, "MEMORY", 3)
+    found = BertAttack().substitutes(model, prompts)
+    assert BertAttack().substitutes(model, prompts[::-1]) == found
+    assert model.network.rows == 3
+    again = BertAttack().substitutes(model, [prompts[0], "star star"])
+    assert model.network.rows == 5
+    assert len(model.memory) == 2
+    assert again[prompts[0]] == found[prompts[0]]
+
+
 def test_sentences_of_different_length_do_not_disturb_each_other(clip):
     model = load_language_model("auto", clip)
     sentences = [model.pieces("red"), [], ["a", "red", "fish"], ["a", "blue", "star"], ["photo"] * 20]

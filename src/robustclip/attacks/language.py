@@ -24,6 +24,7 @@ class LanguageModel:
         self.unknown: str = tokenizer.unk_token
         self.special = frozenset(tokenizer.all_special_tokens)
         self.longest: int = network.config.max_position_embeddings
+        self.memory: dict = {}  # where attacks keep what they found with this model
         self.pieces = cache(tokenizer.tokenize)  # the lower-case pieces of a word, or the unknown-word token
 
     def join(self, pieces: Iterable[str]) -> str:

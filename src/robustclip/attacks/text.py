@@ -22,6 +22,7 @@ from robustclip.component import component
 from robustclip.models import Clip
 
 BATCH = 128  # texts encoded together: larger batches leave the cache of a CPU
+MEMORY = 20_000  # texts whose substitutes a language model remembers
 PIECES, TOKENS, COMBINATIONS = 12, 4, 24  # how much of a word of several pieces BERT-Attack looks at
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (rows of the attacked texts, candidate features) -> what to maximise
@@ -57,7 +58,7 @@ def embed(clip: Clip, texts: Sequence[str]) -> Tensor:
     """(k, d) unit features of k texts as at test time, on the CPU in double precision."""
     with torch.no_grad(), frozen(clip):
         parts = [clip.encode_texts(texts[at : at + BATCH]).cpu() for at in range(0, len(texts), BATCH)]
-    return torch.cat(parts).double() if parts else torch.empty(0, 1).double()
+    return torch.cat(parts).double()
 
 
 class TextFeatures:
@@ -66,7 +67,7 @@ class TextFeatures:
     def __init__(self, clip: Clip) -> None:
         self.clip = in_float32(clip)
         self._rows: dict[str, int] = {}
-        self._features = embed(self.clip, [])
+        self._features = torch.empty(0, 1).double()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(k, d) features of k texts."""
@@ -133,11 +134,20 @@ class WordSubstitution(TextAttack):
         return model.join(islice(chain.from_iterable(map(model.pieces, words)), self._kept))
 
     def substitutes(self, model: LanguageModel, texts: Sequence[str]) -> dict[str, Substitutes]:
-        """For each text, the words that may be swapped and their substitutes, from one pass of the language model."""
+        """For each text, the words that may be swapped and their substitutes, from one pass of the language model.
+
+        The language model remembers them: the next call with the same texts is free, whatever became of the CLIP.
+        """
         check_integer("max_pieces", self.max_pieces, 3, model.longest)
-        sentences = [list(chain.from_iterable(map(model.pieces, text.split(" "))))[: self._kept] for text in texts]
-        guesses = model.guesses(sentences, self.candidates, self.end_token)
-        return {text: self._of_text(model, text, *guess) for text, guess in zip(texts, guesses, strict=True)}
+        settings = (self.offset, self.end_token, self.candidates, self.threshold, self.max_pieces)
+        keys = {text: (text, settings) for text in texts}
+        if len(model.memory.keys() | keys.values()) > MEMORY:
+            model.memory.clear()
+        new = [text for text, key in keys.items() if key not in model.memory]
+        sentences = [list(chain.from_iterable(map(model.pieces, text.split(" "))))[: self._kept] for text in new]
+        for text, guess in zip(new, model.guesses(sentences, self.candidates, self.end_token), strict=True):
+            model.memory[keys[text]] = self._of_text(model, text, *guess)
+        return {text: model.memory[key] for text, key in keys.items()}
 
     def _of_text(self, model: LanguageModel, text: str, tokens: list, logits: list) -> Substitutes:
         """Substitutes for one text from the guesses at its positions; position 0 is the start token's."""
