@@ -99,10 +99,8 @@ def _natural(name: str) -> tuple[int, str]:
 
 def _below(folder: Path, under: str) -> Iterable[str]:
     """Paths of all images below `folder / under`, relative to `folder`, sorted."""
-    found = []
-    for place, _, names in os.walk(folder / under):
-        found += [Path(place, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    paths = (path for path in (folder / under).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _of_files(folder: Path, images: Sequence[str], labels: Sequence[int], names: Sequence[str], captions=None) -> Table:
@@ -193,8 +191,6 @@ def _pcam(folder: Path, options: dict) -> Table:
     except ImportError as error:
         raise ImportError("PatchCamelyon comes as HDF5, which needs h5py; pip install h5py") from error
     paths = [folder / options[part] for part in ("images", "labels")]
-    for path in paths:
-        path.stat()
     labels = h5py.File(paths[1])["y"][:].ravel()
     return _of_pixels(h5py.File(paths[0])["x"], labels, ("0", "1"), paths)
 
@@ -236,10 +232,10 @@ def _footer(path: Path) -> str:
 
 
 def _column(names: Sequence[str], wanted: Sequence[str], path: Path) -> str:
-    found = next((name for name in wanted if name in names), None)
-    if found is None:
-        raise ValueError(f"{path.name} has columns {', '.join(names)}; it needs one of {', '.join(wanted)}")
-    return found
+    for name in wanted:
+        if name in names:
+            return name
+    raise ValueError(f"{path.name} has columns {', '.join(names)}; it needs one of {', '.join(wanted)}")
 
 
 def _class_names(folder: Path, schema, label: str) -> tuple[str, ...]:
@@ -286,16 +282,8 @@ def _parquet(folder: Path, options: dict) -> Table:
     return Table(np.array(targets, dtype=np.int64), _class_names(folder, schema, target), fetch, facts)
 
 
-LAYOUTS: dict[str, Callable[[Path, dict], Table]] = {
-    "cifar": _cifar,
-    "coco": _coco,
-    "files": _files,
-    "flowers": _flowers,
-    "parquet": _parquet,
-    "pcam": _pcam,
-    "splits": _splits,
-    "stl10": _stl10,
-}
+_READERS = (_cifar, _coco, _files, _flowers, _parquet, _pcam, _splits, _stl10)
+LAYOUTS: dict[str, Callable[[Path, dict], Table]] = {reader.__name__[1:]: reader for reader in _READERS}
 
 
 def shuffled(name: str, rows: int) -> np.ndarray:

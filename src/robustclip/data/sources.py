@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from robustclip import _torchvision
-from robustclip.checks import check_choice, check_folder, check_images, check_labels
+from robustclip.checks import check_choice, check_folder, check_images, check_integer, check_labels
 from robustclip.data import loaders, roles
 from robustclip.data.loaders import Table
 from robustclip.data.roles import SPLITS, Role
@@ -63,13 +63,9 @@ class Samples:
 
 
 def load_samples(
-    role: str,
-    source: str = "tinyworld",
-    split: str = "test",
-    n: int | None = 1000,
-    start: int = 0,
+    role: str, source: str = "tinyworld", split: str = "test", n: int | None = 1000, start: int = 0,
     download: bool | None = None,
-) -> Samples:
+) -> Samples:  # fmt: skip
     """Rows `start:start + n` of a role's split, all from `start` on with n=None, fewer where the set ends before.
 
     Real sets are put in a fixed random order first, so that every n is a fair sample and smaller ones are nested.
@@ -79,26 +75,18 @@ def load_samples(
     kind, _, place = source.partition(":")
     check_choice("source", kind, SOURCES)
     check_choice("split", split, SPLITS)
-    _check_count("n", n, 1)
-    _check_count("start", start, 0)
-    if kind == "digits" and role != "digits":
-        raise ValueError(
-            f"source 'digits' plays the role 'digits' only, not {role!r}; choose tinyworld, parquet or paper"
-        )
+    check_integer("start", start, 0)
+    if n is not None:
+        check_integer("n", n, 1)
     if role == "digits":
-        return _decoded(_digits(entry, split), entry, split, n, start)
+        played = _Played(loaders.digits(split), "digits", entry.classes, entry.prompts, 32, 32)
+        return _decoded(played, entry, split, n, start)
+    if kind == "digits":
+        raise ValueError(f"source 'digits' plays the role 'digits' only, not {role!r}; take tinyworld, parquet, paper")
     if kind == "tinyworld":
         return _tinyworld(entry, split, n, start)
     played = _parquet(entry, place, split) if kind == "parquet" else _paper(entry, split, download)
     return _decoded(played, entry, split, n, start)
-
-
-def _check_count(name: str, value: int | None, low: int) -> None:
-    if value is None and name == "n":
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        more = " (or None for all rows)" if name == "n" else ""
-        raise ValueError(f"{name}={value!r} is not allowed; it must be a whole number of at least {low}{more}")
 
 
 @dataclass(frozen=True)
@@ -117,9 +105,8 @@ def _decoded(played: _Played, entry: Role, split: str, n: int | None, start: int
     """Decode the rows asked for."""
     table, classes, prompts = played.table, played.classes, played.prompts
     if start >= len(table):
-        raise ValueError(
-            f"start={start} is out of range; split {split!r} of {played.source} has rows 0 to {len(table) - 1}"
-        )
+        last = len(table) - 1
+        raise ValueError(f"start={start} is out of range; split {split!r} of {played.source} has rows 0 to {last}")
     rows = loaders.shuffled(entry.name, len(table))[start:][:n]
     images = loaders.decode(table.fetch(rows), played.resize, played.crop, played.source)
     labels, captions = torch.from_numpy(table.labels[rows]), None
@@ -131,7 +118,7 @@ def _decoded(played: _Played, entry: Role, split: str, n: int | None, start: int
     return Samples(images, labels, tuple(classes), tuple(prompts), played.source, digest, captions)
 
 
-# --- Tinyworld and digits ---------------------------------------------------------------------------------------------
+# --- Tinyworld --------------------------------------------------------------------------------------------------------
 
 
 def _tinyworld(entry: Role, split: str, n: int | None, start: int) -> Samples:
@@ -151,10 +138,6 @@ def _tinyworld_digest(role: str, split: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _digits(entry: Role, split: str) -> _Played:
-    return _Played(loaders.digits(split), "digits", entry.classes, entry.prompts, 32, 32)
-
-
 # --- local parquet ----------------------------------------------------------------------------------------------------
 
 
@@ -169,9 +152,8 @@ def _parquet(entry: Role, place: str, split: str) -> _Played:
             f"role {entry.name!r} at source 'parquet' needs split {split!r}: {error} (looked in {folder}); expected "
             f"{LAYOUT}; source='parquet:FOLDER' lets another set play the role"
         ) from error
-    resize, crop = _size(entry)
-    short = min(loaders.open_image(table.fetch(np.zeros(1, int))[0]).size)
-    size = (short, short) if short <= crop else (resize, crop)
+    short, size = min(loaders.open_image(table.fetch(np.zeros(1, int))[0]).size), _size(entry)
+    size = (short, short) if short <= size[1] else size
     template = entry.paper.get("template", entry.template)
     return _Played(table, f"parquet:{folder.name}", table.names, [*map(template.format, table.names)], *size)
 
@@ -222,24 +204,23 @@ def _paper_table(paper: dict, split: str, download: bool | None) -> Table:
     try:
         return read(_paper_folder(paper), options)
     except FileNotFoundError as missing:
-        raise FileNotFoundError(
-            f"{paper['data']} is incomplete after its download: {missing}; delete what is there and try again"
-        ) from missing
+        what = f"{paper['data']} is incomplete after its download: {missing}"
+        raise FileNotFoundError(f"{what}; delete what is there and try again") from missing
 
 
 def class_names(paper: dict, names: Sequence[str]) -> tuple[str, ...]:
     """Class names as the papers put them into a prompt, from names as the data set writes them."""
     known = _imagenet_names() if paper.get("names") == "imagenet" else paper.get("rename")
     if not known:
-        return tuple(_reworded(name, paper.get("names", [["[-_/]", " "]]), paper.get("lower", True)) for name in names)
+        return tuple(_reworded(name, paper) for name in names)
     if strange := [name for name in names if name not in known]:
         raise ValueError(f"{paper['data']} has no class {strange[0]!r}; remove what does not belong to the data set")
     return tuple(known[name] for name in names)
 
 
-def _reworded(name: str, rules: Sequence[Sequence[str]], lower: bool) -> str:
-    name = name.lower() if lower else name
-    for pattern, replacement in rules:
+def _reworded(name: str, paper: dict) -> str:
+    name = name.lower() if paper.get("lower", True) else name
+    for pattern, replacement in paper.get("names", [["[-_/]", " "]]):
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -250,10 +231,8 @@ def _imagenet_names() -> dict[str, str]:
     from open_clip import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
-    numbers = map(str, range(len(IMAGENET_CLASSNAMES)))
-    return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True)) | dict(
-        zip(numbers, IMAGENET_CLASSNAMES, strict=True)
-    )
+    ids = ImageNetInfo().label_names()
+    return dict(zip([*ids, *map(str, range(len(ids)))], IMAGENET_CLASSNAMES * 2, strict=True))
 
 
 def _root() -> Path:
@@ -269,47 +248,31 @@ def _paper_folder(paper: dict) -> Path:
         raise FileNotFoundError(f"no copy of {paper['hub']} at revision {paper['revision']}") from None
 
 
-def _hub_folder(paper: dict, files: Sequence[str], local_files_only: bool = False) -> Path:
+def _hub_folder(paper: dict, files: list[str], local_files_only: bool = False) -> Path:
     """The local copy of a data set of the Hugging Face hub at its pinned revision."""
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            paper["hub"],
-            repo_type="dataset",
-            revision=paper["revision"],
-            allow_patterns=list(files),
-            cache_dir=os.environ.get("HF_HUB_CACHE"),
-            local_files_only=local_files_only,
-        )
-    )
+    place = {"repo_type": "dataset", "revision": paper["revision"], "cache_dir": os.environ.get("HF_HUB_CACHE")}
+    return Path(snapshot_download(paper["hub"], allow_patterns=files, local_files_only=local_files_only, **place))
 
 
 def _fetch(paper: dict, options: dict, missing: Exception, download: bool | None) -> None:
     """Download a data set if that is allowed; otherwise say what is missing, how large it is and how to get it."""
     size = f"{paper['bytes'] / 1e9:.2g} GB" if "bytes" in paper else "size unknown"
     place = "the Hugging Face cache (HF_HUB_CACHE)" if "hub" in paper else f"{_root()} (ROBUSTCLIP_TORCHVISION)"
-    what = f"{paper['data']} ({size})"
+    what, absent = f"{paper['data']} ({size})", f"{paper['data']} ({size}) is not in {place}: {missing}"
     if paper["source"] == "manual":
-        raise FileNotFoundError(
-            f"{what} is not in {place}: {missing}; get it from {paper['site']} and put it into {paper['folder']} there"
-        ) from missing
+        raise FileNotFoundError(f"{absent}; get it from {paper['site']}, put it into {paper['folder']} there")
     if not (os.environ.get("ROBUSTCLIP_DOWNLOAD") == "1" if download is None else download):
-        raise FileNotFoundError(
-            f"{what} is not in {place}: {missing}; put it there, or set ROBUSTCLIP_DOWNLOAD=1 or pass download=True"
-        ) from missing
+        raise FileNotFoundError(f"{absent}; put it there, or set ROBUSTCLIP_DOWNLOAD=1 or pass download=True")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise OSError(
-            f"{what} is not in {place} and HF_HUB_OFFLINE forbids its download; unset it, or copy the set there"
-        )
+        raise OSError(f"{absent}; HF_HUB_OFFLINE forbids its download: unset it, or copy the set there")
     log.warning("downloading %s to %s", what, place)
     try:
         _download(paper, options)
     except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"{what} could not be downloaded to {place} ({error}); check the connection and the free disk space, "
-            f"or copy the set there from another machine"
-        ) from error
+        remedy = "check the connection and the free disk space, or copy the set there from another machine"
+        raise OSError(f"{what} could not be downloaded to {place} ({error}); {remedy}") from error
 
 
 def _download(paper: dict, options: dict) -> None:
