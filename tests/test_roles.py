@@ -113,7 +113,7 @@ def test_errors_name_value_and_choices(call, message):
 
 def test_a_table_that_asks_for_too_much(monkeypatch):
     greedy = {"attributes": ["shape"], "classes": 25}
-    monkeypatch.setattr(roles, "_entries", lambda: {"greedy": greedy})
+    monkeypatch.setattr(roles, "_table", lambda: {"greedy": greedy})
     with pytest.raises(ValueError, match="role 'greedy' asks for 25 classes, only 24 combinations qualify"):
         roles._wishes("greedy")
 

@@ -5,8 +5,11 @@ what they mean, in the same ten columns as `Scenes.meaning`, so that training kn
 """
 
 import random
+import re
 import string
+from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,12 +34,17 @@ def _facts(table: str) -> tuple[str, ...]:
     return tuple(entry["fact"] for entry in world()[table].values())
 
 
+def preposition(background: int) -> str:
+    """Such as "in", which stands between things and a background."""
+    return list(world()["backgrounds"].values())[background]["preposition"]
+
+
 def article(phrase: str) -> str:
     """The phrase with "a" or "an" before it."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def noun_phrase(shape: str | None, color: str | None = None, texture: str | None = None) -> str:
+def noun_phrase(shape: str | None = None, color: str | None = None, texture: str | None = None) -> str:
     """Such as "striped red star"; an object of unnamed shape is a "thing"."""
     return " ".join(word for word in (texture, color, shape or "thing") if word)
 
@@ -60,15 +68,11 @@ class Speaker:
 
     def _object(self, row: list[int], slot: int) -> tuple[str, dict[str, int]]:
         """A noun phrase with article about object `slot` (1 or 2), and the columns it mentions."""
-        shape, color, texture = self.random.choices(self.mentions, self.weights)[0]
-        values_at = {name: row[COLUMNS.index(f"{name}{slot}")] for name in ("shape", "color", "texture")}
-        said = {
-            name: values_at[name]
-            for name, wanted in (("shape", shape), ("color", color), ("texture", texture))
-            if wanted and values_at[name] >= 0
-        }
-        name = {attribute: self.word(attribute, value) for attribute, value in said.items()}
-        phrase = noun_phrase(name.get("shape"), name.get("color"), name.get("texture"))
+        wanted = self.random.choices(self.mentions, self.weights)[0]
+        names = [name for name, asked in zip(("shape", "color", "texture"), wanted, strict=True) if asked]
+        shown = {name: row[COLUMNS.index(f"{name}{slot}")] for name in names}
+        said = {name: value for name, value in shown.items() if value >= 0}
+        phrase = noun_phrase(**{name: self.word(name, value) for name, value in said.items()})
         if self.random.random() < 0.5 and "shape" not in said:
             phrase = phrase.replace("thing", "object")
         return article(phrase), {f"{attribute}{slot}": value for attribute, value in said.items()}
@@ -111,11 +115,9 @@ class Speaker:
         else:
             phrase, mentioned = self._object(row, 1)
             said |= mentioned
-            phrase += self._kind(said)
-            phrase += self._fact(said)
+            phrase += self._kind(said) + self._fact(said)
         if count and background >= 0 and name not in ("closeup", "poster") and self.random.random() < 0.22:
-            place = list(world()["backgrounds"].values())[background]
-            phrase += f" {place['preposition']} {self.word('background', background)}"
+            phrase += f" {preposition(background)} {self.word('background', background)}"
             said["background"] = background
         style_word = self.word("style", style)
         if self.random.random() < 0.4:
@@ -123,8 +125,7 @@ class Speaker:
         opening = self.random.choice(world()["language"]["openings"])
         if "{style}" in opening and style_word not in words("style")[0] + words("style")[3]:
             said["style"] = style
-        text = opening.format(phrase, style=style_word) if "{style}" in opening else opening.format(phrase)
-        return text, said
+        return opening.format(phrase, style=style_word), said
 
     def _kind(self, said: dict[str, int]) -> str:
         """Ends like ", a type of pet" for some shapes, as the papers' prompt templates have it."""
@@ -135,33 +136,26 @@ class Speaker:
 
     def captions(self, scenes: Scenes) -> tuple[list[str], Tensor]:
         """A caption per scene, and (n, 10) what each mentions (`ANY` where it is silent)."""
-        texts, meanings = [], []
-        for row in scenes.meaning().tolist():
-            text, said = self.caption(row)
-            texts.append(text)
-            meanings.append([said.get(column, ANY) for column in COLUMNS])
-        return texts, torch.tensor(meanings)
+        texts, said = zip(*map(self.caption, scenes.meaning().tolist()), strict=True)
+        return list(texts), torch.tensor([[one.get(column, ANY) for column in COLUMNS] for one in said])
 
 
-def _walk_strings(entry: object) -> list[str]:
+def _strings(entry: object) -> Iterator[str]:
+    """All texts of a table, at any depth."""
     if isinstance(entry, str):
-        return [entry]
-    if isinstance(entry, dict):
-        return [text for value in entry.values() for text in _walk_strings(value)]
-    if isinstance(entry, list):
-        return [text for value in entry for text in _walk_strings(value)]
-    return []
+        yield entry
+    elif isinstance(entry, dict | list):
+        yield from chain.from_iterable(map(_strings, entry.values() if isinstance(entry, dict) else entry))
 
 
 def vocabulary() -> list[str]:
     """Tokens of the shared word-piece vocabulary: special tokens, single characters and pieces, then every word."""
     characters = list(string.ascii_lowercase + string.digits + string.punctuation)
     pieces = [f"##{character}" for character in string.ascii_lowercase + string.digits]
-    text = " ".join(_walk_strings(world()["language"]))
+    texts = [*_strings(world()["language"])]
     for table in ("shapes", "colors", "textures", "backgrounds", "styles"):
         for name, entry in world()[table].items():
-            said = {key: value for key, value in entry.items() if key not in ("parts", "pattern")}
-            text += f" {name} " + " ".join(_walk_strings(said))
-    split = "".join(character if character.isalnum() else " " for character in text.lower()).split()
+            texts += [name, *_strings({key: entry[key] for key in entry if key not in ("parts", "pattern")})]
+    split = re.findall(r"[^\W_]+", " ".join(texts).lower())
     found = dict.fromkeys(["a", "an", "the", "it", "and", *split])
     return [*SPECIAL_TOKENS, *characters, *pieces, *(word for word in found if word not in characters)]

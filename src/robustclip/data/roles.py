@@ -14,11 +14,12 @@ from torch import Tensor
 
 from robustclip.checks import check_choice, check_integer
 from robustclip.data import tinyworld
-from robustclip.data.grammar import Speaker, noun_phrase, words
-from robustclip.data.tinyworld import ANY
+from robustclip.data.grammar import Speaker, noun_phrase, preposition, words
+from robustclip.data.tinyworld import ANY, CHUNK
 
 ATTRIBUTES = ("shape", "color", "texture", "background")  # columns of a wish, as `sample_scenes` reads them
 SPLITS = ("train", "validation", "test")
+Drawn = tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...] | None]  # images, labels, class names, captions
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,17 @@ class Role:
         return [self.template.format(name) for name in self.classes]
 
 
-def _table(name: str) -> dict:
-    return tomllib.loads(files("robustclip").joinpath(f"assets/{name}.toml").read_text(encoding="utf-8"))
-
-
 @cache
-def _entries() -> dict[str, dict]:
-    return _table("roles")
+def _table(name: str = "roles") -> dict[str, dict]:
+    return tomllib.loads(files("robustclip").joinpath(f"assets/{name}.toml").read_text(encoding="utf-8"))
 
 
 def role_names(group: str | None = None) -> tuple[str, ...]:
     """Names of all roles, or of one group: source, transfer, shift, medical, retrieval, extra."""
     if group is None:
-        return tuple(_entries())
-    check_choice("group", group, dict.fromkeys(entry["group"] for entry in _entries().values()))
-    return tuple(name for name, entry in _entries().items() if entry["group"] == group)
+        return tuple(_table())
+    check_choice("group", group, dict.fromkeys(entry["group"] for entry in _table().values()))
+    return tuple(name for name, entry in _table().items() if entry["group"] == group)
 
 
 def _combinations(entry: dict) -> Iterator[tuple[int, ...]]:
@@ -74,7 +71,7 @@ def _combinations(entry: dict) -> Iterator[tuple[int, ...]]:
 
 def _wishes(name: str) -> tuple[tuple[int, ...], ...]:
     """The role's classes: a fixed random draw from the combinations that qualify."""
-    entry = _entries()[name]
+    entry = _table()[name]
     if "like" in entry:
         return _wishes(entry["like"])[: entry["classes"]]
     found = list(_combinations(entry))
@@ -93,27 +90,17 @@ def _class_name(wish: tuple[int, ...]) -> str:
         return texture or background
     if shape is None and background is None:
         return f"{texture} {color}"
-    place = ""
-    if background is not None:
-        entry = list(tinyworld.world()["backgrounds"].values())[wish[3]]
-        place = f" {entry['preposition']} {background}"
-    return noun_phrase(shape, color, texture) + place
+    return noun_phrase(shape, color, texture) + (f" {preposition(wish[3])} {background}" if background else "")
 
 
 @cache
 def role(name: str) -> Role:
     """The role called `name`; an unknown name is an error that lists them all."""
-    check_choice("role", name, _entries())
-    entry = _entries()[name]
+    entry = _table()[check_choice("role", name, _table())]
     wishes = () if "names" in entry else _wishes(name)
-    same = ("title", "group", "description", "template", "style", "objects", "size")
-    return Role(
-        name=name,
-        classes=tuple(entry.get("names") or map(_class_name, wishes)),
-        wishes=wishes,
-        paper=_table("paper-roles").get(name, {}),
-        **{key: entry[key] for key in same if key in entry},
-    )
+    classes = tuple(entry.get("names") or map(_class_name, wishes))
+    same = {key: entry[key] for key in entry if key in Role.__dataclass_fields__}
+    return Role(name=name, wishes=wishes, paper=_table("paper-roles").get(name, {}), **same | {"classes": classes})
 
 
 def tinyworld_scenes(name: str, split: str, n: int, start: int = 0) -> tuple[tinyworld.Scenes, Tensor]:
@@ -124,41 +111,35 @@ def tinyworld_scenes(name: str, split: str, n: int, start: int = 0) -> tuple[tin
     check_integer("start", start, 0)
     if not entry.wishes:
         raise ValueError(f"role {name!r} is not drawn by Tinyworld; its images are real, use `load_samples`")
-    wishes = torch.tensor(entry.wishes)
-    style = tinyworld.index("style", entry.style)
-    chunk, first = tinyworld.CHUNK, start // tinyworld.CHUNK
-    parts, labels = [], []
-    for number in range(first, -(-(start + n) // chunk)):
+    chunks = range(start // CHUNK, -(-(start + n) // CHUNK))
+    first, labels = chunks[0] * CHUNK, _labels(name, split, chunks, len(entry.wishes))
+    count, style = (torch.full((CHUNK,), value) for value in (entry.objects, tinyworld.index("style", entry.style)))
+    parts = []
+    for number, wishes in zip(chunks, torch.tensor(entry.wishes)[labels].split(CHUNK), strict=True):
         random = tinyworld.generator(f"{name}/{split}", number)
-        label = _labels(name, split, number * chunk, len(wishes))
-        full = torch.full((chunk,), 1)
-        parts.append(
-            tinyworld.sample_scenes(random, wishes[label], full * entry.objects, full * style, entry.objects == 2)
-        )
-        labels.append(label)
-    rows = slice(start - first * chunk, start - first * chunk + n)
-    return tinyworld.Scenes.join(parts)[rows], torch.cat(labels)[rows]
+        parts.append(tinyworld.sample_scenes(random, wishes, count, style, exclude_held_out=entry.objects == 2))
+    rows = slice(start - first, start - first + n)
+    return tinyworld.Scenes.join(parts)[rows], labels[rows]
 
 
-def _labels(name: str, split: str, first: int, classes: int) -> Tensor:
-    """Labels of one chunk: consecutive permutations of all classes, so that every prefix is nearly balanced."""
-    positions = torch.arange(first, first + tinyworld.CHUNK)
-    rounds = {r: torch.randperm(classes, generator=tinyworld.generator(f"labels/{name}/{split}", r))
-              for r in (positions // classes).unique().tolist()}  # fmt: skip
-    return torch.stack([rounds[p // classes][p % classes] for p in positions.tolist()])
+def _labels(name: str, split: str, chunks: range, classes: int) -> Tensor:
+    """Labels of some chunks: consecutive permutations of all classes, so that every prefix is nearly balanced."""
+    first, stop = chunks.start * CHUNK, chunks.stop * CHUNK
+    rounds = range(first // classes, -(-stop // classes))
+    generators = (tinyworld.generator(f"labels/{name}/{split}", number) for number in rounds)
+    labels = torch.cat([torch.randperm(classes, generator=one) for one in generators])
+    return labels[first % classes :][: stop - first]
 
 
-def tinyworld_samples(
-    name: str, split: str = "test", n: int = 1000, start: int = 0
-) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...] | None]:
+def tinyworld_samples(name: str, split: str = "test", n: int = 1000, start: int = 0) -> Drawn:
     """Pictures of a role drawn by Tinyworld: uint8 images, labels, class names, and captions for retrieval roles."""
     entry = role(name)
-    before = start % tinyworld.CHUNK
+    before = start % CHUNK
     scenes, labels = tinyworld_scenes(name, split, n + before, start - before)
     images = tinyworld.draw(scenes, f"{name}/{split}", start - before, entry.size)[before:]
-    captions = None
-    if entry.objects == 2:
-        meanings = scenes[before:].meaning().tolist()
-        speakers = (Speaker(f"{name}/{split}/{start + i}", facts=0, complete=True) for i in range(n))
-        captions = tuple(speaker.caption(row)[0] for speaker, row in zip(speakers, meanings, strict=True))
+    if entry.objects < 2:
+        return images, labels[before:], entry.classes, None
+    speakers = (Speaker(f"{name}/{split}/{start + i}", facts=0, complete=True) for i in range(n))
+    rows = scenes[before:].meaning().tolist()
+    captions = tuple(speaker.caption(row)[0] for speaker, row in zip(speakers, rows, strict=True))
     return images, labels[before:], entry.classes, captions

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ MAX_OBJECTS = 2
 ANY, UNSEEN = -1, -2  # attribute values: "not specified" and "cannot be seen in this picture"
 GRID = 96  # samples per side of a shape or texture table, over object coordinates [-1.5, 1.5]
 REACH = 1.5
-STYLES_WITHOUT_COLOR = ("scan",)
 HELD_OUT_SHARE = 5  # one color-shape pair in five is never shown to the embedded models
 
 
@@ -76,23 +76,15 @@ class Scenes:
 
     def meaning(self) -> Tensor:
         """(n, 10) attributes a caption may mention; invisible ones are `UNSEEN`."""
-        columns = torch.stack(
-            [
-                self.count,
-                *(table[:, slot] for slot in range(MAX_OBJECTS) for table in (self.shape, self.color, self.texture)),
-                self.relation,
-                self.background,
-                self.style,
-            ],
-            dim=1,
-        )
+        objects = torch.stack([self.shape, self.color, self.texture], 2).flatten(1)  # of the first, of the second
+        around = [column[:, None] for column in (self.relation, self.background, self.style)]
+        columns = torch.cat([self.count[:, None], objects, *around], 1)
+        scan, sketch, closeup = (self.style == index("style", name) for name in ("scan", "sketch", "closeup"))
         columns[self.count < 1, 1:4] = UNSEEN
         columns[self.count < 2, 4:8] = UNSEEN
-        colorless = torch.isin(self.style, torch.tensor([index("style", name) for name in STYLES_WITHOUT_COLOR]))
-        columns[colorless, 2] = columns[colorless, 5] = UNSEEN
-        plain_paper = self.style == index("style", "sketch")
-        columns[plain_paper | colorless, 8] = UNSEEN
-        columns[self.style == index("style", "closeup"), 1] = UNSEEN
+        columns[scan, 2] = columns[scan, 5] = UNSEEN
+        columns[sketch | scan, 8] = UNSEEN
+        columns[closeup, 1] = UNSEEN
         return columns
 
 
@@ -255,17 +247,13 @@ def _palette(table: str, *keys: str) -> Tensor:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pose:
+class Pose(NamedTuple):
     """Where an object is: centre and radius in units of half the picture, `turn` in 1/256 of a full turn."""
 
     x: Tensor
     y: Tensor
     radius: Tensor
     turn: Tensor
-
-    def __getitem__(self, rows: Tensor) -> "Pose":
-        return Pose(self.x[rows], self.y[rows], self.radius[rows], self.turn[rows])
 
 
 def _pixels() -> tuple[Tensor, Tensor]:
@@ -287,10 +275,11 @@ def _look_up(table: Tensor, kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return upper + (lower - upper) * dv
 
 
-def _paint(
-    canvas: Tensor, scenes: Scenes, slot: int, rgb: Tensor, pose: Pose, opacity: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Paint one object per picture onto `canvas` (n, 3, pixels); return its coverage and outline distance in pixels."""
+Painted = tuple[Tensor, Tensor]  # (n, pixels) coverage by an object, and distance to its outline in pixels
+
+
+def _paint(canvas: Tensor, scenes: Scenes, slot: int, rgb: Tensor, pose: Pose, opacity: Tensor) -> Painted:
+    """Paint one object per picture onto `canvas` (n, 3, pixels)."""
     x, y = _pixels()
     cos, sin = (table[pose.turn][:, None] / pose.radius[:, None] for table in _turns())
     dx, dy = x - pose.x[:, None], y - pose.y[:, None]
@@ -341,24 +330,25 @@ def _poses(random: torch.Generator, scenes: Scenes, scale: float) -> list[Pose]:
     return poses
 
 
-def _distractors(random: torch.Generator, canvas: Tensor, number: int, radius: float) -> None:
-    """Scatter small objects that have nothing to do with the label."""
-    n = len(canvas)
+def _distractors(random: torch.Generator, canvas: Tensor, rows: Tensor, number: int, radius: float) -> None:
+    """Scatter small objects that have nothing to do with the label over some rows of the canvas."""
+    part, n = canvas[rows], int(rows.sum())
     for _ in range(number):
         kinds = [randint(random, 4, (n, 1)) for _ in range(3)]
         pose = Pose(*uniform(random, -0.95, 0.95, (2, n)), torch.full((n,), radius), randint(random, 256, (n,)))
         nothing = torch.zeros(n, dtype=torch.long)
-        _paint(canvas, Scenes(*kinds, *(nothing,) * 4), 0, uniform(random, 0.1, 0.9, (n, 3)), pose, torch.ones(n))
+        _paint(part, Scenes(*kinds, *(nothing,) * 4), 0, uniform(random, 0.1, 0.9, (n, 3)), pose, torch.ones(n))
+    canvas[rows] = part
 
 
-def _sketched(canvas: Tensor, coverage: Tensor, distance: Tensor, paper: float = 0.95) -> Tensor:
+def _sketched(canvas: Tensor, coverage: Tensor, distance: Tensor) -> Tensor:
     """Colored pencil on white paper: dark outlines, thin filling, no backdrop."""
-    line = (1.3 - distance.abs()).clamp(0, 1)[:, None]
+    line, paper = (1.3 - distance.abs()).clamp(0, 1)[:, None], 0.95
     filled = paper + (canvas - paper) * coverage[:, None] * 0.7
     return filled * (1 - line) + canvas * 0.45 * line
 
 
-def _scanned(canvas: Tensor, coverage: Tensor) -> Tensor:
+def _scanned(canvas: Tensor, coverage: Tensor, distance: Tensor) -> Tensor:
     """A gray scan: tissue glows inside an oval, color is lost."""
     x, y = _pixels()
     oval = (1.25 - (x * x + y * y)).clamp(0, 1) * 0.5
@@ -367,10 +357,13 @@ def _scanned(canvas: Tensor, coverage: Tensor) -> Tensor:
     return (dim + (0.35 + 0.6 * gray - dim) * coverage[:, None]).expand_as(canvas)
 
 
-def _poster(canvas: Tensor, distance: Tensor) -> Tensor:
+def _poster(canvas: Tensor, coverage: Tensor, distance: Tensor) -> Tensor:
     """Flat printed colors: four levels per channel and a black contour."""
     flat = (canvas * 3 + 0.5).floor() / 3
     return flat * (1 - (1.4 - distance.abs()).clamp(0, 1) * 0.9)[:, None]
+
+
+_FINISH = {"sketch": _sketched, "scan": _scanned, "poster": _poster}
 
 
 def _render(random: torch.Generator, scenes: Scenes, scale: float) -> Tensor:
@@ -379,32 +372,25 @@ def _render(random: torch.Generator, scenes: Scenes, scale: float) -> Tensor:
     named = {name: scenes.style == index("style", name) for name in values("style")}
     canvas = _background(random, scenes)
     canvas[named["poster"]] = canvas[named["poster"], :, :1]
-    crowd = canvas[named["clutter"]]
-    _distractors(random, crowd, 4, 0.22)
-    canvas[named["clutter"]] = crowd
+    _distractors(random, canvas, named["clutter"], 4, 0.22)
     rgb = _palette("colors", "rgb")[:, 0][scenes.color] + uniform(random, -0.06, 0.06, (n, MAX_OBJECTS, 3))
     opacity = uniform(random, 0.5, 1.0, (n, MAX_OBJECTS))
     coverage, distance = torch.zeros(n, SIZE * SIZE), torch.full((n, SIZE * SIZE), 9.0)
     for slot, pose in enumerate(_poses(random, scenes, scale)):
         rows = (scenes.count > slot).nonzero()[:, 0]
         part = canvas[rows]
-        covered, outline = _paint(part, scenes[rows], slot, rgb[rows, slot], pose[rows], opacity[rows, slot])
+        place = Pose(*(column[rows] for column in pose))
+        covered, outline = _paint(part, scenes[rows], slot, rgb[rows, slot], place, opacity[rows, slot])
         canvas[rows] = part
         coverage[rows] = torch.maximum(coverage[rows], covered)
         distance[rows] = torch.where(outline.abs() < distance[rows].abs(), outline, distance[rows])
-    crowd = canvas[named["clutter"]]
-    _distractors(random, crowd, 2, 0.16)
-    canvas[named["clutter"]] = crowd
+    _distractors(random, canvas, named["clutter"], 2, 0.16)
     gain, tilt = uniform(random, 0.85, 1.1, (n, 3, 1)), uniform(random, -0.18, 0.18, (n, 2, 1))
     x, y = _pixels()
     canvas = canvas * (gain + (tilt[:, :1] * x + tilt[:, 1:] * y))
-    for name, change in (
-        ("sketch", lambda rows: _sketched(canvas[rows], coverage[rows], distance[rows])),
-        ("scan", lambda rows: _scanned(canvas[rows], coverage[rows])),
-        ("poster", lambda rows: _poster(canvas[rows], distance[rows])),
-    ):
-        if named[name].any():
-            canvas[named[name]] = change(named[name])
+    for name, finish in _FINISH.items():
+        rows = named[name]
+        canvas[rows] = finish(canvas[rows], coverage[rows], distance[rows])
     amount = uniform(random, 0.03, 0.18, (n, 1, 1)) * (1 + named["scan"].float())[:, None, None]
     noise = torch.rand(canvas.shape, generator=random) + torch.rand(canvas.shape, generator=random) - 1
     canvas = (canvas + noise * amount).clamp(0, 1)
@@ -421,8 +407,7 @@ def draw(scenes: Scenes, name: str, start: int = 0, scale: float = 1.0) -> Tenso
     parts = []
     for first in range(0, len(scenes), CHUNK):
         part = scenes[first : first + CHUNK]
-        missing = CHUNK - len(part)
-        full = part[torch.arange(CHUNK).clamp(max=len(part) - 1)] if missing else part
+        full = part[torch.arange(CHUNK).clamp(max=len(part) - 1)]
         parts.append(_render(generator(f"draw/{name}", (start + first) // CHUNK), full, scale)[: len(part)])
     return torch.cat(parts)
 
