@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from robustclip import _torchvision, models
 from robustclip.attacks import APGD, PGD, UniformNoise
-from robustclip.attacks.apgd import Memory, checkpoints
+from robustclip.attacks.apgd import ClimbMemory, checkpoints
 from robustclip.data.roles import role, tinyworld_samples
 
 _torchvision.prepare()
@@ -63,7 +63,7 @@ def test_checkpoints_are_the_papers():
     assert checkpoints(100) == {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
 
 
-def climb(memory: Memory, losses: list[float], first: int = 0) -> None:
+def climb(memory: ClimbMemory, losses: list[float], first: int = 0) -> None:
     """Record a path of one image; the point at step k is filled with k, its gradient with -k."""
     rows = torch.tensor([0])
     for step, loss in enumerate(losses):
@@ -81,7 +81,7 @@ def climb(memory: Memory, losses: list[float], first: int = 0) -> None:
     ],
 )
 def test_step_sizes_are_halved_when_the_climb_stalls(losses, halved):
-    memory = Memory(torch.zeros(1, 3, 1, 1), 0.2)
+    memory = ClimbMemory(torch.zeros(1, 3, 1, 1), 0.2)
     climb(memory, losses)
     best = max(range(5), key=losses.__getitem__)
     last = torch.full((1, 3, 1, 1), 4.0)
@@ -93,7 +93,7 @@ def test_step_sizes_are_halved_when_the_climb_stalls(losses, halved):
 
 def test_step_sizes_are_halved_when_nothing_improved_with_the_same_step_size():
     """The second condition: rises alone do not count if they stay below the best of the checkpoint before."""
-    rows, memory = torch.tensor([0]), Memory(torch.zeros(1, 3, 1, 1), 0.2)
+    rows, memory = torch.tensor([0]), ClimbMemory(torch.zeros(1, 3, 1, 1), 0.2)
     climb(memory, [0, 1, 2, 3, 9])
     memory.check(rows, memory.best, memory.best_gradient, 4)
     assert memory.step_size.item() == pytest.approx(0.2)

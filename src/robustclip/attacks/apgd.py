@@ -1,12 +1,13 @@
 """Auto-PGD (Croce and Hein, 2020): gradient ascent with momentum that finds its step size by itself."""
 
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from robustclip.attacks.base import NORMS, input_gradient
-from robustclip.attacks.gradient import LossAscent, Objective
+from robustclip.attacks.base import NORMS
+from robustclip.attacks.gradient import LossAscent, Memory
 from robustclip.component import component
 
 MOMENTUM = 0.75  # the share of the new step; the rest goes where the last one went
@@ -28,61 +29,41 @@ class APGD(LossAscent):
 
     steps: int = 100
 
-    def climb(self, objective: Objective, images: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One run; broken images leave at once, the last point is only looked at."""
-        memory, marks = Memory(images, 2 * self.eps), checkpoints(self.steps)
-        rows = torch.arange(len(images), device=images.device)
-        current = previous = start
-        for step in range(self.steps + 1):
-            last = step == self.steps
-            current.requires_grad_(not last)
-            with torch.set_grad_enabled(not last):
-                loss, won = objective(current, rows)
-            over = last or won.all()
-            gradient = torch.zeros_like(current) if over else input_gradient(loss, current)
-            current = current.detach()
-            memory.record(rows, current, gradient, loss.detach(), won)
-            if over:
-                break
-            if won.any():
-                rows, current, previous, gradient = (part[~won] for part in (rows, current, previous, gradient))
-            if step in marks:
-                current, gradient = memory.check(rows, current, gradient, marks[step])
-            step_size = memory.step_size[rows]
-            current, previous = self._next(images[rows], current, previous, gradient, step_size, step == 0), current
-        return memory.best, memory.best_loss, memory.broken
+    def memory(self, images: Tensor) -> "ClimbMemory":
+        """A memory of step sizes, too."""
+        return ClimbMemory(images, 2 * self.eps)
 
-    def _next(
-        self, images: Tensor, current: Tensor, previous: Tensor, gradient: Tensor, step_size: Tensor, first: bool
-    ) -> Tensor:
+    def move(self, memory: "ClimbMemory", step: int, rows: Tensor, points: Tensor, gradient: Tensor) -> Tensor:
         """x_{k+1} from x_k and x_{k-1}; the first step has no momentum."""
-        ahead = self.project(current + step_size * NORMS[self.norm].ascend(gradient), images)
-        if first:
-            return ahead
-        moved = current + MOMENTUM * (ahead - current) + (1 - MOMENTUM) * (current - previous)
-        return self.project(moved, images)
+        if since := checkpoints(self.steps).get(step):
+            points, gradient = memory.check(rows, points, gradient, since)
+        images = memory.images[rows]
+        ahead = self.project(points + memory.step_size[rows] * NORMS[self.norm].ascend(gradient), images)
+        if step:
+            moved = points + MOMENTUM * (ahead - points) + (1 - MOMENTUM) * (points - memory.previous[rows])
+            ahead = self.project(moved, images)
+        memory.previous[rows] = points
+        return ahead
 
 
-class Memory:
-    """What one run remembers of every image: its best point so far, its step size, how the climb goes."""
+class ClimbMemory(Memory):
+    """It also remembers the gradient at the best point, the step size and how the climb goes."""
 
     def __init__(self, images: Tensor, step_size: float) -> None:
-        lowest = images.new_full((len(images),), -torch.inf, dtype=torch.float64)
-        self.best, self.best_gradient, self.best_loss = images.clone(), torch.zeros_like(images), lowest
-        self.latest, self.marked = -lowest, lowest.clone()  # loss at the last point; best at the last checkpoint
-        self.rises = torch.zeros_like(lowest)
+        super().__init__(images)
+        self.best_gradient, self.previous = torch.zeros_like(images), images.clone()
+        self.latest, self.marked = -self.best_loss, self.best_loss.clone()  # loss at the last point; best at last check
+        self.rises = torch.zeros_like(self.latest)
         self.step_size = images.new_full((len(images), 1, 1, 1), step_size)
-        self.halved = torch.ones_like(lowest, dtype=torch.bool)  # so the first checkpoint asks for rises only
-        self.broken = torch.zeros_like(self.halved)
+        self.halved = torch.ones_like(self.broken)  # so the first checkpoint asks for rises only
 
-    def record(self, rows: Tensor, points: Tensor, gradient: Tensor, loss: Tensor, won: Tensor) -> None:
-        """Note the points of this step."""
-        loss = loss.double()
-        better = won | (loss > self.best_loss[rows])
-        to = rows[better]
-        self.best[to], self.best_gradient[to], self.best_loss[to] = points[better], gradient[better], loss[better]
-        self.rises[rows] += loss > self.latest[rows]
-        self.latest[rows], self.broken[rows] = loss, won
+    def record(self, rows: Tensor, points: Tensor, gradient: Tensor, loss: Tensor, won: Tensor) -> Tensor:
+        """Note the points of this step; returns which are the best so far."""
+        better = super().record(rows, points, gradient, loss, won)
+        self.best_gradient[rows[better]] = gradient[better]
+        self.rises[rows] += loss.double() > self.latest[rows]
+        self.latest[rows] = loss.double()
+        return better
 
     def check(self, rows: Tensor, points: Tensor, gradient: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """At a checkpoint, `steps` after the last one: halve step sizes and go back to the best point where
@@ -99,6 +80,7 @@ class Memory:
         return torch.where(back, self.best[rows], points), torch.where(back, self.best_gradient[rows], gradient)
 
 
+@cache
 def checkpoints(steps: int) -> dict[int, int]:
     """Step -> steps since the checkpoint before, at ceil(p_j steps)."""
     marks = [0, *sorted({-(-percent * steps // 100) for percent in CHECKPOINTS})]

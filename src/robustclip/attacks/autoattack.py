@@ -5,11 +5,11 @@ from functools import partial
 from torch import Tensor
 
 from robustclip.attacks.apgd import APGD
-from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier
+from robustclip.attacks.base import Attack, Classifier, Outcome, best_of
 from robustclip.attacks.from_torchattacks import FromTorchattacks
 from robustclip.attacks.losses import margin
-from robustclip.attacks.square import Square, best_of
-from robustclip.checks import check_choice, check_integer
+from robustclip.attacks.square import Square
+from robustclip.checks import check_choice
 from robustclip.component import component
 
 PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")
@@ -37,16 +37,12 @@ class AutoAttack(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, NORMS)
         super().__post_init__()
         object.__setattr__(self, "parts", tuple(self.parts))
         if not self.parts:
             raise ValueError(f"parts is empty; choose some of: {', '.join(PARTS)}")
         for part in self.parts:
             check_choice("part", part, PARTS)
-        for name in ("steps", "queries", "draws"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("seed", self.seed, 0, MAX_SEED)
 
     def attack(self, part: str) -> Attack:
         """The attack that plays a part."""
@@ -66,11 +62,10 @@ class AutoAttack(Attack):
 
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """The first image that fools, else the one of highest margin."""
-        return best_of((partial(self._run, classifier, self.attack(part)) for part in self.parts), images, labels)
 
-    def _run(
-        self, classifier: Classifier, attack: Attack, images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = attack.perturb(classifier, images, labels)
-        scores = self.look(classifier, found)
-        return found, margin(scores, labels), self.won(scores, labels)
+        def run(part: str, rows: Tensor) -> Outcome:
+            found = self.attack(part).perturb(classifier, images[rows], labels[rows])
+            scores = self.look(classifier, found)
+            return found, margin(scores, labels[rows]), self.won(scores, labels[rows])
+
+        return best_of((partial(run, part) for part in self.parts), images)

@@ -7,7 +7,7 @@ and the attack's seed only, never on its neighbors in the batch: random numbers 
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from robustclip.attacks.losses import fooled
-from robustclip.checks import check_images, check_labels, check_range
+from robustclip.checks import check_choice, check_images, check_integer, check_labels, check_range
 from robustclip.component import component
 
 Classifier = Callable[[Tensor], Tensor]
+Outcome = tuple[Tensor, Tensor, Tensor]  # of one run: images, what it maximised in float64, which have won
 MAX_SEED = 2**31 - 1
 
 
@@ -123,6 +124,20 @@ def input_gradient(outputs: Tensor, images: Tensor, upper: Tensor | None = None)
     return gradient
 
 
+def best_of(runs: Iterable[Callable[[Tensor], Outcome]], images: Tensor) -> Tensor:
+    """The first image of any run that wins, else the one of highest value; a run gets the rows that still stand."""
+    best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
+    standing = torch.arange(len(images), device=images.device)
+    for run in runs:
+        found, values, won = run(standing)
+        better = won | (values > highest[standing])
+        best[standing[better]], highest[standing[better]] = found[better], values[better].double()
+        standing = standing[~won]
+        if not len(standing):
+            break
+    return best
+
+
 @component
 class Attack(ABC):
     """What all image attacks share: input checks, and no work on images that are already misclassified."""
@@ -130,7 +145,12 @@ class Attack(ABC):
     eps: float
 
     def __post_init__(self) -> None:
-        check_range("eps", self.eps, 0, math.inf if getattr(self, "norm", "linf") == "l2" else 1)
+        norm = check_choice("norm", getattr(self, "norm", "linf"), NORMS)
+        check_range("eps", self.eps, 0, math.inf if norm == "l2" else 1)
+        for name in ("steps", "queries", "restarts", "draws"):
+            if hasattr(self, name):
+                check_integer(name, getattr(self, name), 1)
+        check_integer("seed", getattr(self, "seed", 0), 0, MAX_SEED)
 
     @abstractmethod
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:

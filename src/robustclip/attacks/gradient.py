@@ -1,13 +1,15 @@
 """Attacks that follow the gradient: FGSM, PGD and the label-free feature attack; uniform noise is their control."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier, input_gradient, own_noise
+from robustclip.attacks.base import NORMS, Attack, Classifier, Outcome, best_of, input_gradient, own_noise
 from robustclip.attacks.losses import LOSSES, fooled, runner_up
 from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.component import component
@@ -21,10 +23,6 @@ class UniformNoise(Attack):
     """The control: uniform noise in the l_inf ball of radius eps, without looking at the classifier."""
 
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("seed", self.seed, 0, MAX_SEED)
 
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """Add the noise and clip to the pixel range."""
@@ -44,6 +42,22 @@ class FGSM(Attack):
         return (images.detach() + self.eps * gradient.sign()).clamp(0, 1)
 
 
+class Memory:
+    """What one run remembers of every image: its best point so far, the loss there, and whether it won."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.best = images, images.clone()
+        self.best_loss = images.new_full((len(images),), -torch.inf, dtype=torch.float64)
+        self.broken = torch.zeros_like(self.best_loss, dtype=torch.bool)
+
+    def record(self, rows: Tensor, points: Tensor, gradient: Tensor, loss: Tensor, won: Tensor) -> Tensor:
+        """Note the points of this step; returns which are the best so far."""
+        better = won | (loss > self.best_loss[rows])
+        self.best[rows[better]], self.best_loss[rows[better]] = points[better], loss[better].double()
+        self.broken[rows] = won
+        return better
+
+
 @component
 class Ascent(Attack):
     """What PGD, APGD and the feature attack share: a norm, steps, restarts, and the best point of all runs.
@@ -58,39 +72,45 @@ class Ascent(Attack):
     restarts: int = 1
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_choice("norm", self.norm, NORMS)
-        super().__post_init__()
-        check_integer("steps", self.steps, 1)
-        check_integer("restarts", self.restarts, 1)
-        check_integer("seed", self.seed, 0, MAX_SEED)
-
-    @abstractmethod
-    def climb(self, objective: Objective, images: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One run: the best image found, its loss, and whether it wins, for every image."""
-
-    def objectives(self, classifier: Classifier, images: Tensor, labels: Tensor) -> list[Callable[[Tensor], Objective]]:
-        """What to maximise, one entry per run of a restart: rows of the batch -> objective on these rows."""
+    def objectives(self, classifier: Classifier, images: Tensor, labels: Tensor) -> list[Objective]:
+        """What to maximise, one entry per run of a restart."""
         raise NotImplementedError
 
+    @abstractmethod
+    def move(self, memory: Memory, step: int, rows: Tensor, points: Tensor, gradient: Tensor) -> Tensor:
+        """The next points of the images `rows`."""
+
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
-        """Run all restarts; keep the first winning image, else the one of highest loss in the last kind of run."""
+        """Run all restarts; keep the first winning image, else the one of highest loss."""
         return self.maximise(self.objectives(classifier, images, labels), images)
 
-    def maximise(self, objectives: list[Callable[[Tensor], Objective]], images: Tensor) -> Tensor:
+    def maximise(self, objectives: Sequence[Objective], images: Tensor) -> Tensor:
         """The best points in the eps-balls around `images`."""
-        best, best_loss = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
-        standing = torch.arange(len(images), device=images.device)
-        for restart in range(self.restarts):
-            for objective in objectives:
-                start = self.start(images[standing], restart)
-                found, loss, broken = self.climb(objective(standing), images[standing], start)
-                better = broken | (loss > best_loss[standing])
-                best[standing[better]], best_loss[standing[better]] = found[better], loss[better].double()
-                standing = standing[~broken]
-                if not len(standing):
-                    return best
-        return best
+        turns = product(range(self.restarts), objectives)
+        return best_of((partial(self._climb, images, *turn) for turn in turns), images)
+
+    def _climb(self, images: Tensor, restart: int, objective: Objective, standing: Tensor) -> Outcome:
+        """One run on the images `standing`; those that win leave at once, the last point is only looked at."""
+        memory, rows = self.memory(images[standing]), torch.arange(len(standing), device=images.device)
+        points = self.start(memory.images, restart)
+        for step in range(self.steps + 1):
+            last = step == self.steps
+            points.requires_grad_(not last)
+            with torch.set_grad_enabled(not last):
+                loss, won = objective(points, standing[rows])
+            over = last or won.all()
+            gradient = torch.zeros_like(points) if over else input_gradient(loss, points)
+            points = points.detach()
+            memory.record(rows, points, gradient, loss.detach(), won)
+            if over:
+                break
+            rows, points, gradient = rows[~won], points[~won], gradient[~won]
+            points = self.move(memory, step, rows, points, gradient)
+        return memory.best, memory.best_loss, memory.broken
+
+    def memory(self, images: Tensor) -> Memory:
+        """An empty memory."""
+        return Memory(images)
 
     def start(self, images: Tensor, restart: int) -> Tensor:
         """First iterate: random in the ball (always for later restarts), or the image itself."""
@@ -122,7 +142,6 @@ class LossAscent(Ascent):
         super().__post_init__()
         check_choice("loss", self.loss, LOSSES)
         check_integer("targets", self.targets, 0)
-        check_integer("draws", self.draws, 1)
         if self.target_class is not None:
             check_integer("target_class", self.target_class, 0)
             if self.targets:
@@ -144,30 +163,24 @@ class LossAscent(Ascent):
             return fooled(scores, labels)
         return (scores.argmax(1) == self.target_class) | (labels == self.target_class)
 
-    def objectives(self, classifier: Classifier, images: Tensor, labels: Tensor) -> list[Callable[[Tensor], Objective]]:
+    def objectives(self, classifier: Classifier, images: Tensor, labels: Tensor) -> list[Objective]:
         """One untargeted objective, or one per target."""
+        goals = [None]
         if self.target_class is not None:
             goals = [torch.full_like(labels, self.target_class)]
         elif self.targets:
             scores = self.look(classifier, images)
             goals = [runner_up(scores, labels, rank) for rank in range(min(self.targets, scores.shape[1] - 1))]
-        else:
-            goals = [None]
+        return [partial(self._objective, classifier, labels, goal) for goal in goals]
 
-        def on(goal: Tensor | None) -> Callable[[Tensor], Objective]:
-            return lambda rows: self._objective(classifier, labels[rows], goal if goal is None else goal[rows])
-
-        return [on(goal) for goal in goals]
-
-    def _objective(self, classifier: Classifier, labels: Tensor, goal: Tensor | None) -> Objective:
-        def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            logits = [classifier(points) for _ in range(self.draws)]
-            aims = None if goal is None else goal[rows]
-            losses = [LOSSES[self.loss](one, labels[rows], aims) for one in logits]
-            scores = logits[0] if self.draws == 1 else sum(one.detach().softmax(1) for one in logits)
-            return sum(losses) / self.draws, self.won(scores, labels[rows])
-
-        return objective
+    def _objective(
+        self, classifier: Classifier, labels: Tensor, goal: Tensor | None, points: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = [classifier(points) for _ in range(self.draws)]
+        aims = None if goal is None else goal[rows]
+        losses = [LOSSES[self.loss](one, labels[rows], aims) for one in logits]
+        scores = logits[0] if self.draws == 1 else sum(one.detach().softmax(1) for one in logits)
+        return sum(losses) / self.draws, self.won(scores, labels[rows])
 
 
 @component
@@ -185,25 +198,10 @@ class Steps(Ascent):
         if self.step_size is not None:
             check_range("step_size", self.step_size, 0)
 
-    def climb(self, objective: Objective, images: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take all steps; the last point is looked at, too."""
+    def move(self, memory: Memory, step: int, rows: Tensor, points: Tensor, gradient: Tensor) -> Tensor:
+        """One step of fixed length."""
         step_size = min(self.eps, 2.5 * self.eps / self.steps) if self.step_size is None else self.step_size
-        best, best_loss = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
-        broken = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        rows, current = torch.arange(len(images), device=images.device), start
-        for step in range(self.steps + 1):
-            current.requires_grad_(step < self.steps)
-            with torch.set_grad_enabled(step < self.steps):
-                loss, now = objective(current, rows)
-            better = now | (loss.detach() > best_loss[rows])
-            best[rows[better]], best_loss[rows[better]] = current.detach()[better], loss.detach()[better].double()
-            broken[rows[now]] = True
-            if step == self.steps or now.all():
-                break
-            gradient, stay = input_gradient(loss, current), ~now
-            rows, moved = rows[stay], current.detach()[stay] + step_size * NORMS[self.norm].ascend(gradient[stay])
-            current = self.project(moved, images[rows])
-        return best, best_loss, broken
+        return self.project(points + step_size * NORMS[self.norm].ascend(gradient), memory.images[rows])
 
 
 @component
@@ -233,18 +231,14 @@ class FeaturePGD(Steps):
         """Never: labels are not looked at."""
         return torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
 
-    def objectives(self, classifier: Classifier, images: Tensor, labels: Tensor) -> list[Callable[[Tensor], Objective]]:
-        """1 - cos to the clean features."""
+    def objectives(self, classifier: Classifier, images: Tensor, labels: Tensor) -> list[Objective]:
+        """1 - cos to the clean features, which nobody has won."""
         encode = classifier.clip.encode_images if hasattr(classifier, "clip") else classifier
         with torch.no_grad():
             clean = F.normalize(encode(images), dim=1)
 
-        def on(rows: Tensor) -> Objective:
-            return lambda points, part: feature_distance(encode(points), clean[rows[part]])
+        def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            features = F.normalize(encode(points), dim=1)
+            return 1 - (features * clean[rows]).sum(1), self.won(features, rows)
 
-        return [on]
-
-
-def feature_distance(features: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cosine for each row, and that none of them has won."""
-    return 1 - (F.normalize(features, dim=1) * clean).sum(1), features.new_zeros(len(features), dtype=torch.bool)
+        return [objective]

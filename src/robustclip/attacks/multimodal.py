@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.attacks.base import Attack, Classifier, frozen, own_noise
-from robustclip.attacks.gradient import Ascent, Steps
+from robustclip.attacks.gradient import Ascent, Objective, Steps
 from robustclip.attacks.losses import fooled
 from robustclip.attacks.text import BertAttack, TextAttack, kl_divergence
 from robustclip.checks import check_choice, check_images, check_labels, check_range
@@ -318,12 +319,10 @@ class OneSidedSteps(Steps):
 def ascend(climber: Ascent, images: Tensor, *losses: Loss) -> Tensor:
     """The points of highest loss in the eps-balls around the images; one run and restart for each loss."""
 
-    def endless(loss: Loss) -> Callable:
-        return lambda points, rows: (loss(points, rows), points.new_zeros(len(points), dtype=torch.bool))
+    def endless(loss: Loss, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return loss(points, rows), points.new_zeros(len(points), dtype=torch.bool)
 
-    # As nobody leaves, the rows that stand are always all of them.
-    goals = [lambda _, loss=loss: endless(loss) for loss in losses]
-    return climber.maximise(goals, images) if climber.eps else images.clone()
+    return climber.maximise([partial(endless, loss) for loss in losses], images) if climber.eps else images.clone()
 
 
 def leave(climber: Ascent, encode: Encode, images: Tensor, *references: tuple[float, Tensor]) -> Tensor:
@@ -341,16 +340,10 @@ def to_the_end(attack: Attack, classifier: Classifier, images: Tensor, labels: T
     if not isinstance(attack, Ascent):
         return attack(classifier, images, labels)
 
-    def rewarded(objective: Callable) -> Loss:
-        def loss(points: Tensor, rows: Tensor) -> Tensor:
-            values, won = objective(points, rows)
-            return values.double() + FOOLING * won
-
-        return loss
+    def rewarded(objective: Objective, points: Tensor, rows: Tensor) -> Tensor:
+        values, won = objective(points, rows)
+        return values.double() + FOOLING * won
 
     with frozen(classifier):
-        everything, factories = (
-            torch.arange(len(images), device=images.device),
-            attack.objectives(classifier, images, labels),
-        )
-        return ascend(attack, images, *(rewarded(factory(everything)) for factory in factories))
+        objectives = attack.objectives(classifier, images, labels)
+        return ascend(attack, images, *(partial(rewarded, objective) for objective in objectives))

@@ -1,22 +1,19 @@
 """Square Attack (Andriushchenko et al., 2020): random search that only asks the classifier for its scores."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier, own_noise
+from robustclip.attacks.base import NORMS, Attack, Classifier, Outcome, best_of, own_noise
 from robustclip.attacks.losses import margin
-from robustclip.checks import check_choice, check_integer, check_range
+from robustclip.checks import check_range
 from robustclip.component import component
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries, where the share p of pixels is halved
 CHUNK = 128  # queries for which random numbers are drawn at once
 TOGETHER = 64  # images a classifier sees in hardly more time than one
-
-Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # images, labels -> images, margins, which fool
 
 
 @component
@@ -35,22 +32,17 @@ class Square(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, NORMS)
         super().__post_init__()
-        check_integer("queries", self.queries, 1)
         check_range("p_init", self.p_init, 0, 1)
-        check_integer("restarts", self.restarts, 1)
-        check_integer("seed", self.seed, 0, MAX_SEED)
 
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """The first image that fools, else the one of highest margin over all restarts."""
-        runs = (partial(self.search, classifier, seed=self.seed + 7919 * restart) for restart in range(self.restarts))
-        return best_of(runs, images, labels)
+        seeds = (self.seed + 7919 * restart for restart in range(self.restarts))
+        return best_of((partial(self.search, classifier, images, labels, seed) for seed in seeds), images)
 
-    def search(
-        self, classifier: Classifier, images: Tensor, labels: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One run: the best image, its margin, and whether it fools, for every image; broken ones leave at once."""
+    def search(self, classifier: Classifier, images: Tensor, labels: Tensor, seed: int, standing: Tensor) -> Outcome:
+        """One run on the images `standing`: the best, their margins, which fool; those that do leave at once."""
+        images, labels = images[standing], labels[standing]
         search = Search(self, classifier, images, labels, seed)
         rows, query, noise = (~search.broken).nonzero()[:, 0], 1, torch.empty(0)
         while len(rows) and query < self.queries:
@@ -100,20 +92,6 @@ class Search:
             to = row[taken]
             self.best[to], self.highest[to], self.broken[to] = points[taken], margins[taken], won[taken]
             asked = torch.where(self.broken[rows], count, first + 1)
-
-
-def best_of(runs: Iterable[Run], images: Tensor, labels: Tensor) -> Tensor:
-    """The first image of any run that fools, else the one of highest margin; a run sees only what still stands."""
-    best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
-    standing = torch.arange(len(images), device=images.device)
-    for run in runs:
-        found, margins, broken = run(images[standing], labels[standing])
-        better = broken | (margins > highest[standing])
-        best[standing[better]], highest[standing[better]] = found[better], margins[better]
-        standing = standing[~broken]
-        if not len(standing):
-            break
-    return best
 
 
 class LinfSquares:
