@@ -80,7 +80,8 @@ def _tower(visual: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in list(tower.modules()):
         _fold(module)
     modules = dict(tower.named_modules())
-    doors = {name: copy.deepcopy(module).float() for name, module in modules.items() if _sees_pixels(module)}
+    convolutions = {name: module for name, module in modules.items() if type(module) is nn.Conv2d}
+    doors = {name: copy.deepcopy(one).float() for name, one in convolutions.items() if one.in_channels == 3}
     tower.to(dtype=dtype if doors else None, memory_format=torch.channels_last)
     for name, module in modules.items():
         if name in doors:
@@ -99,10 +100,6 @@ def _fold(module: nn.Module) -> None:
         if type(first) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
             setattr(module, name, fuse_conv_bn_eval(first, norm))
             setattr(module, norm_name, nn.Identity())
-
-
-def _sees_pixels(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d and module.in_channels == 3
 
 
 def _door(convolution: nn.Conv2d, dtype: torch.dtype) -> nn.Module:

@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from robustclip import _torchvision
 from robustclip.checks import check_choice, check_folder
 from robustclip.data.roles import Role
+from robustclip.prompts import attach, learned, make_room
 
 _torchvision.prepare()
 
 EMBEDDED = "tinyworld-clip"
-WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+WEIGHTS, CONFIG, PROMPTS = "open_clip_model.safetensors", "open_clip_config.json", "prompt.safetensors"
 PLAIN = re.compile(r"([!-%'-~]+( [!-%'-~]+)*)?")  # ASCII without "&" (entities), words between single blanks
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -107,7 +108,7 @@ class Clip(nn.Module):
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """k texts to (k, d) unit features; gradients reach the text tower where its weights ask for them."""
-        tokens = tokenize(self.tokenizer, texts).to(self.device)
+        tokens = make_room(tokenize(self.tokenizer, texts).to(self.device), self.network)
         first = _reads_first(self.network)
         features = _read_first(self.network, tokens) if first else self.network.encode_text(tokens)
         return F.normalize(features.float(), dim=-1)
@@ -186,6 +187,8 @@ def load(name: str | Path = EMBEDDED, device: str = "auto", precision: str = "fl
 
     Only names that point to the network download anything; open_clip then shows the size and a progress bar.
     """
+    import open_clip
+
     check_choice("precision", precision, PRECISIONS)
     name, target = str(name), pick_device(device)
     if name == EMBEDDED:
@@ -193,7 +196,7 @@ def load(name: str | Path = EMBEDDED, device: str = "auto", precision: str = "fl
             clip = _load_folder(folder, name)
     elif name.startswith("hf-hub:"):
         clip = _load_remote(name, None)
-    elif name.count("/") == 1 and not Path(name).exists() and _is_architecture(name.split("/")[0]):
+    elif name.count("/") == 1 and not Path(name).exists() and name.split("/")[0] in open_clip.list_models():
         clip = _load_remote(*name.split("/"))
     else:
         clip = _load_folder(Path(name).expanduser(), name)
@@ -209,27 +212,25 @@ def save(clip: Clip, folder: Path | str) -> Path:
     if clip.config is None:
         raise ValueError(f"{clip.name!r} has no config to be written; make it with `load`, or give Clip its model_cfg")
     weights = {key: value.detach().cpu().contiguous() for key, value in clip.network.state_dict().items()}
+    own = {key: weights.pop(key) for key in learned(clip.network)}
     needed = sum(value.nbytes for value in weights.values()) / 1e6
     folder = check_folder(Path(folder), needed + 1)
     config = {"model_cfg": clip.config, "preprocess_cfg": clip.network.visual.preprocess_cfg}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if isinstance(clip.tokenizer, HFTokenizer):  # the other kinds are part of open_clip
         clip.tokenizer.tokenizer.save_pretrained(folder)
-    temporary = folder / f"{WEIGHTS}.tmp"
-    save_file(weights, temporary)
-    temporary.replace(folder / WEIGHTS)
+    (folder / PROMPTS).unlink(missing_ok=True)
+    for name, tensors in ((PROMPTS, own), (WEIGHTS, weights)):
+        if tensors:
+            save_file(tensors, folder / f"{name}.tmp")
+            (folder / f"{name}.tmp").replace(folder / name)
     return folder
 
 
-def _is_architecture(name: str) -> bool:
-    import open_clip
-
-    return name in open_clip.list_models()
-
-
 def _load_folder(folder: Path, name: str) -> Clip:
-    """A CLIP from a local folder in open_clip's format."""
+    """A CLIP from a local folder in open_clip's format, and its learned prompts if there are any."""
     import open_clip
+    from safetensors.torch import load_file
 
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
@@ -240,6 +241,8 @@ def _load_folder(folder: Path, name: str) -> Clip:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
         network = open_clip.create_model(f"local-dir:{folder}")
+        if (folder / PROMPTS).is_file():
+            attach(network, load_file(folder / PROMPTS))
         return Clip(network, open_clip.get_tokenizer(f"local-dir:{folder}"), name, config)
     except Exception as error:
         raise ValueError(f"cannot read the CLIP in {str(folder)!r}: {error}; restore or retrain it") from error

@@ -26,17 +26,12 @@ _MENTIONS = {(True, True, True): 0.46, (True, True, False): 0.24, (True, False, 
 @cache
 def words(attribute: str) -> tuple[tuple[str, ...], ...]:
     """The names of every value of an attribute, canonical name first."""
-    return tuple(tuple(entry["words"]) for entry in world()[f"{attribute}s"].values())
+    return tuple(tuple(value["words"]) for value in world()[f"{attribute}s"].values())
 
 
-@cache
-def _facts(table: str) -> tuple[str, ...]:
-    return tuple(entry["fact"] for entry in world()[table].values())
-
-
-def preposition(background: int) -> str:
-    """Such as "in", which stands between things and a background."""
-    return list(world()["backgrounds"].values())[background]["preposition"]
+def entry(attribute: str, value: int) -> dict:
+    """What `world.toml` says about a value of an attribute: its words, a fact, the preposition of a background ..."""
+    return world()[f"{attribute}s"][values(attribute)[value]]
 
 
 def article(phrase: str) -> str:
@@ -93,13 +88,12 @@ class Speaker:
 
     def _fact(self, said: dict[str, int]) -> str:
         """An encyclopedic remark about something already mentioned; it adds no meaning."""
-        tables = {"shape1": "shapes", "color1": "colors", "texture1": "textures"}
-        mentioned = [column for column in tables if column in said]
+        forms = {"shape": ", it {}", "color": ", {}", "texture": " {}"}
+        mentioned = [name for name in forms if f"{name}1" in said]
         if not mentioned or self.random.random() >= self.facts:
             return ""
-        column = self.random.choice(mentioned)
-        fact = _facts(tables[column])[said[column]]
-        return {"shape1": f", it {fact}", "color1": f", {fact}", "texture1": f" {fact}"}[column]
+        name = self.random.choice(mentioned)
+        return forms[name].format(entry(name, said[f"{name}1"])["fact"])
 
     def caption(self, row: list[int]) -> tuple[str, dict[str, int]]:
         """One caption for one row of `Scenes.meaning()` and the columns it mentions."""
@@ -117,7 +111,7 @@ class Speaker:
             said |= mentioned
             phrase += self._kind(said) + self._fact(said)
         if count and background >= 0 and name not in ("closeup", "poster") and self.random.random() < 0.22:
-            phrase += f" {preposition(background)} {self.word('background', background)}"
+            phrase += f" {entry('background', background)['preposition']} {self.word('background', background)}"
             said["background"] = background
         style_word = self.word("style", style)
         if self.random.random() < 0.4:
@@ -140,12 +134,12 @@ class Speaker:
         return list(texts), torch.tensor([[one.get(column, ANY) for column in COLUMNS] for one in said])
 
 
-def _strings(entry: object) -> Iterator[str]:
+def _strings(table: object) -> Iterator[str]:
     """All texts of a table, at any depth."""
-    if isinstance(entry, str):
-        yield entry
-    elif isinstance(entry, dict | list):
-        yield from chain.from_iterable(map(_strings, entry.values() if isinstance(entry, dict) else entry))
+    if isinstance(table, str):
+        yield table
+    elif isinstance(table, dict | list):
+        yield from chain.from_iterable(map(_strings, table.values() if isinstance(table, dict) else table))
 
 
 def vocabulary() -> list[str]:
@@ -154,8 +148,8 @@ def vocabulary() -> list[str]:
     pieces = [f"##{character}" for character in string.ascii_lowercase + string.digits]
     texts = [*_strings(world()["language"])]
     for table in ("shapes", "colors", "textures", "backgrounds", "styles"):
-        for name, entry in world()[table].items():
-            texts += [name, *_strings({key: entry[key] for key in entry if key not in ("parts", "pattern")})]
+        for name, said in world()[table].items():
+            texts += [name, *_strings({key: said[key] for key in said if key not in ("parts", "pattern")})]
     split = re.findall(r"[^\W_]+", " ".join(texts).lower())
     found = dict.fromkeys(["a", "an", "the", "it", "and", *split])
     return [*SPECIAL_TOKENS, *characters, *pieces, *(word for word in found if word not in characters)]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from robustclip.checks import check_choice, check_integer
-from robustclip.data import tinyworld
-from robustclip.data.grammar import Speaker, noun_phrase, preposition, words
+from robustclip.data import grammar, tinyworld
+from robustclip.data.grammar import Speaker, noun_phrase, words
 from robustclip.data.tinyworld import ANY, CHUNK
 
 ATTRIBUTES = ("shape", "color", "texture", "background")  # columns of a wish, as `sample_scenes` reads them
@@ -90,7 +90,8 @@ def _class_name(wish: tuple[int, ...]) -> str:
         return texture or background
     if shape is None and background is None:
         return f"{texture} {color}"
-    return noun_phrase(shape, color, texture) + (f" {preposition(wish[3])} {background}" if background else "")
+    place = f" {grammar.entry('background', wish[3])['preposition']} {background}" if background else ""
+    return noun_phrase(shape, color, texture) + place
 
 
 @cache
