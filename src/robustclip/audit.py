@@ -12,8 +12,7 @@ A check that does not apply (noise has no steps) is neither flagged nor passed: 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -371,13 +370,9 @@ def square(case: Case) -> Seen:
 
 # --- the audit --------------------------------------------------------------------------------------------------------
 
-CHECKS: dict[str, Callable[[Case], Seen]] = {
-    check.__name__.replace("_", "-"): check
-    for check in (
-        *(random_output, inference_work, precision, gradients, neighbours, noise, single_step, loss_path),
-        *(large_budget, transfer, more_steps, more_restarts, square),
-    )
-}  # cheap ones first
+_CHEAP = (random_output, inference_work, precision, gradients, neighbours, noise, single_step, loss_path)
+_DEAR = (large_budget, transfer, more_steps, more_restarts, square)
+CHECKS: dict[str, Callable[[Case], Seen]] = {check.__name__.replace("_", "-"): check for check in _CHEAP + _DEAR}
 
 
 def audit(
@@ -401,25 +396,18 @@ def audit(
     check_integer("batch_size", batch_size, 1)
     if not len(check_images(images)):
         raise ValueError("images is empty; give at least one image, better 50 or more")
-    with frozen(classifier):
-        with _seeded(seed):
-            case = Case(classifier, attack, images, labels, seed, batch_size, surrogate)
+    # Random classifiers draw from the global states: they are seeded, and given back as they were.
+    with frozen(classifier), torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        case = Case(classifier, attack, images, labels, seed, batch_size, surrogate)
         return Audit(tuple(_find(name, case) for name in progress(checks, "audit", unit="check")))
 
 
 def _find(name: str, case: Case) -> Finding:
     """Run one check, always from the same random state."""
-    with _seeded(case.seed):
-        try:
-            value, limit, text = CHECKS[name](case)
-        except DoesNotApply as reason:
-            return Finding(name, None, math.nan, math.nan, f"Not run: {reason}.")
+    torch.manual_seed(case.seed)
+    try:
+        value, limit, text = CHECKS[name](case)
+    except DoesNotApply as reason:
+        return Finding(name, None, math.nan, math.nan, f"Not run: {reason}.")
     return Finding(name, not value <= limit, value, limit, text)  # NaN is flagged
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random classifiers draw from the global states: seed them here, and give them back as they were."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

@@ -113,14 +113,11 @@ class Clip(nn.Module):
         features = _read_first(self.network, tokens) if first else self.network.encode_text(tokens)
         return F.normalize(features.float(), dim=-1)
 
+    @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """As `encode_texts`, without gradients and computed once per set of texts."""
-        texts = tuple(texts)
-        return self.remembered(("texts", texts), lambda: self._read(texts))
-
-    @torch.no_grad()
-    def _read(self, texts: Sequence[str]) -> Tensor:
-        return torch.cat([self.encode_texts(texts[i : i + 512]) for i in range(0, len(texts), 512)])
+        parts = [tuple(texts[i : i + 512]) for i in range(0, len(texts), 512)]
+        return self.remembered(("texts", *parts), lambda: torch.cat([self.encode_texts(part) for part in parts]))
 
 
 def tokenize(tokenizer, texts: Sequence[str]) -> Tensor:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustclip.checks import check_choice
+
 SIZE = 32  # pixels per side
 CHUNK = 64  # images that share one generator; small enough for a chunk to stay in cache
 MAX_OBJECTS = 2
@@ -41,9 +43,7 @@ def values(attribute: str) -> tuple[str, ...]:
 
 def index(attribute: str, name: str) -> int:
     """Index of a canonical attribute name."""
-    if name not in values(attribute):
-        raise ValueError(f"unknown {attribute} {name!r}; Tinyworld has {', '.join(values(attribute))}")
-    return values(attribute).index(name)
+    return values(attribute).index(check_choice(attribute, name, values(attribute)))
 
 
 def is_held_out(shape: Tensor | int, color: Tensor | int) -> Tensor | bool:
@@ -144,9 +144,7 @@ def _part_distance(kind: str, numbers: Sequence[float], x: np.ndarray, y: np.nda
         cx, cy, half_width, half_height = numbers
         dx, dy = np.abs(x - cx) - half_width, np.abs(y - cy) - half_height
         return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
-    if kind == "poly":
-        return _polygon_distance(np.array(numbers).reshape(-1, 2), x, y)
-    raise ValueError(f"unknown part {kind!r} in world.toml; known parts are circle, box and poly")
+    return _polygon_distance(np.array(numbers).reshape(-1, 2), x, y)
 
 
 def _polygon_distance(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
