@@ -20,7 +20,7 @@ from robustclip.data.roles import role, tinyworld_samples
 from robustclip.fast import fast_classifier
 from robustclip.models import Clip, ZeroShotClassifier
 from robustclip.progress import progress
-from robustclip.training.adversarial import AdversarialFineTuning
+from robustclip.training import Pictures, TeCoA
 
 _torchvision.prepare()
 import torchattacks  # noqa: E402  torchvision has to be prepared first
@@ -31,7 +31,7 @@ IMAGES = 512  # of Tinyworld, in one batch
 VIT_EPS = 1 / 255  # of 224 pixels
 BATCH = 32  # of ViT-B-32 on a CPU
 GPU_BATCH = 256
-RECIPE = AdversarialFineTuning(eps=EPS)
+RECIPE = TeCoA(eps=EPS)
 
 
 def measure(rounds: int = 3) -> list[dict]:
@@ -62,8 +62,7 @@ def pgd_trained(name: str) -> Clip:
     clip = models.load(device="cpu")
     folder = BUILD / f"pgd-{name}-{clip.digest}"
     if not (folder / models.WEIGHTS).is_file():
-        pixels, labels, _, _ = tinyworld_samples(name, "train", 8000)
-        models.save(RECIPE(clip, pixels, labels, role(name).prompts), folder)
+        models.save(RECIPE(clip, Pictures.of(name, n=8000)), folder)
     return models.load(folder, device="cpu")
 
 

@@ -17,7 +17,7 @@ from robustclip import models
 from robustclip.attacks import PGD, UniformNoise
 from robustclip.data.roles import role, tinyworld_samples
 from robustclip.study import scale, wilson
-from robustclip.training.adversarial import AdversarialFineTuning
+from robustclip.training import Pictures, TeCoA
 
 ASSETS = Path(__file__).parents[1] / "src" / "robustclip" / "assets"
 STEPS = {"clip": 4500, "mlm": 2000}
@@ -94,12 +94,11 @@ def clip_rows(clip: models.Clip, eps: float) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def trial_rows(clip: models.Clip, recipe: AdversarialFineTuning) -> str:
+def trial_rows(clip: models.Clip, recipe: TeCoA) -> str:
     """Two lines per role of the trial: the undefended model, then the tuned one."""
     rows, attacks = [], (UniformNoise(eps=0), PGD(eps=recipe.eps, steps=20))
     for name in ("cifar10", "cifar100"):
-        pixels, labels, _, _ = tinyworld_samples(name, "train", 8000)
-        tuned = recipe(clip, pixels, labels, role(name).prompts)
+        tuned = recipe(clip, Pictures.of(name, n=8000))
         rows += [
             [name, title, *measured(model, name, attacks)] for title, model in (("undefended", clip), ("tuned", tuned))
         ]
@@ -124,7 +123,7 @@ def card(kind: str, folder: Path, run: dict, eps: float) -> str:
         )
     clip = models.load(str(folder), device="cpu")
     network = clip.network
-    recipe = AdversarialFineTuning(eps=eps)
+    recipe = TeCoA(eps=eps)
     image_parameters = sum(weight.numel() for weight in network.visual.parameters())
     return CLIP_CARD.format(
         image_parameters=image_parameters,
@@ -135,7 +134,7 @@ def card(kind: str, folder: Path, run: dict, eps: float) -> str:
         eps=eps * 255,
         rows=clip_rows(clip, eps),
         trial=trial_rows(clip, recipe),
-        trial_steps=recipe.steps,
+        trial_steps=recipe.updates,
         trial_batch=recipe.batch_size,
         trial_attack=recipe.attack_steps,
         **run,

@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Recipes = Annotated[list[str], typer.Option("--recipe", help="FT-standard, TeCoA, MMCoA, AdvPT, VP ...")]
 CELL = ("model", "role", "attack", "attacker", "eps", "n")  # columns that say what was measured
 Scale = Annotated[str, typer.Option(help="quick, full, photo, paper, or a .toml file of your own.")]
 Models = Annotated[list[str], typer.Option("--model", help="A model of the scale, or anything models.load takes.")]
@@ -151,16 +152,63 @@ def audit(
 
 
 @app.command()
+def train(
+    recipe: Recipes,
+    scale: Scale = "quick",
+    role: Annotated[str, typer.Option(help="The data set to learn from, by its role.")] = "cifar10",
+    shots: Annotated[
+        list[int] | None, typer.Option("--shots", min=1, help="Pictures per class [default: all].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of pictures, order and attacks.")] = 0,
+    device: Device = "auto",
+    store: Folder = None,
+    as_json: Machine = False,
+) -> None:
+    """Fine-tune the scale's CLIP and print the folders of the models, which --model takes.
+
+    Models that the store holds are not trained again; an interrupted run goes on. With torchrun, several processes
+    share every batch.
+
+    \b
+    robustclip train --recipe TeCoA --recipe MMCoA --role cifar100
+    robustclip train --scale full --recipe MMCoA --role imagenet --shots 5
+    torchrun --nproc-per-node 2 --no-python robustclip train --scale full --recipe MMCoA
+    """
+    from robustclip import study
+    from robustclip.training.parallel import joined, world
+
+    with _exit_code(2):
+        chosen = study.scale(scale)
+        for name in recipe:
+            chosen.recipe(name, seed=seed)
+    with _exit_code(1), joined():
+        found = study.fine_tuned(chosen, recipe, role, shots or [None], seed, store, device)
+        if not world()[0]:
+            typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(f"{n}  {f}" for n, f in found.items()))
+
+
+@app.command()
 def plan(
     scale: Scale = "quick", model: Models = ("clip",), role: Roles = None, attack: Attacks = ("clean", "PGD-100"),
     attacker: Attackers = ("blind",), eps: Budgets = None, seed: Seeds = (0,), n: Images = None, shard: Shard = "1/1",
-    device: Device = "auto", store: Folder = None, as_json: Machine = False,
+    device: Device = "auto", store: Folder = None, as_json: Machine = False, recipe: Recipes = (),
 ) -> None:  # fmt: skip
     """Say what `run` with the same options would take at most; nothing is measured, stored or downloaded.
 
+    With --recipe, say what an epoch of fine-tuning takes instead.
+
     \b
     robustclip plan --scale paper
+    robustclip plan --scale paper --recipe TeCoA --recipe MMCoA --role cifar10 --role imagenet
     """
+    if recipe:
+        from robustclip import study
+
+        with _exit_code(2):
+            costs = study.plan_training(scale, recipe, role or ["cifar10"])
+        text = costs.to_string(index=False, na_rep="?", float_format="{:,.0f}".format)
+        typer.echo(json.dumps(_records(costs), indent=1) if as_json else text)
+        return
     with _exit_code(2):
         options = {"roles": role, "attacks": attack, "attackers": attacker, "eps": eps, "seeds": seed, "n": n}
         cells = _select(scale, model, shard, device, **options)

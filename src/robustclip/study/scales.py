@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from robustclip.checks import check_choice, check_range
 from robustclip.data.roles import role_names
 from robustclip.data.sources import SOURCES
 from robustclip.study.named import named_attack
+from robustclip.training.recipes import Recipe, named_recipe
 
 
 def parse_eps(text: str | float) -> float:
@@ -47,6 +49,7 @@ class Scale:
     roles: tuple[str, ...]
     role_images: dict[str, int] = field(hash=False)
     steps: dict[str, int] = field(hash=False)
+    training: dict = field(hash=False)  # settings of all recipes, and in tables of their own those of single ones
     assumed_speed: float | None = None  # image passes a second, for plans before anything was measured
 
     def __post_init__(self) -> None:
@@ -67,6 +70,16 @@ class Scale:
         """How many images the role `name` is measured on."""
         check_choice(f"role at scale {self.name}", name, self.roles)
         return self.role_images.get(name, self.images)
+
+    def recipe(self, name: str, **settings: Any) -> Recipe:
+        """The recipe of adversarial fine-tuning called `name`, at the reference eps unless told otherwise."""
+        own = {key: value for key, value in self.training.items() if key != "pictures" and not isinstance(value, dict)}
+        own |= {"eps": self.reference_eps} | self.training.get(name, {}) | settings
+        own |= {key: parse_eps(own[key]) for key in ("eps", "step_size") if own.get(key) is not None}
+        try:
+            return named_recipe(name, **own)
+        except TypeError as error:
+            raise ValueError(f"[training] of scale {self.name!r} does not fit {name}: {error}") from error
 
     def attack(self, name: str, eps: str | float | None = None, seed: int = 0) -> Callable | None:
         """The attack that plays `name` here, at the reference eps unless told otherwise; None for "clean"."""
@@ -95,11 +108,11 @@ def _read(text: str, name: str) -> Scale:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"scale {name!r} is not valid TOML: {error}") from error
     needed = {"source", "reference_eps", "images", "batch_size", "recompute_stale", "models"}
-    optional = {"roles", "role_images", "steps", "assumed_speed"}
+    optional = {"roles", "role_images", "steps", "training", "assumed_speed"}
     if wrong := needed ^ (table.keys() - optional):
         raise ValueError(f"scale {name!r} has wrong keys ({', '.join(sorted(wrong))} missing or unknown); it needs "
                          f"{', '.join(sorted(needed))} and may have {', '.join(sorted(optional))}")  # fmt: skip
     roles = table.pop("roles", role_names())
     eps = parse_eps(table.pop("reference_eps"))
-    defaults = {key: table.pop(key, {}) for key in ("role_images", "steps")}
+    defaults = {key: table.pop(key, {}) for key in ("role_images", "steps", "training")}
     return Scale(name=name, reference_eps=eps, roles=tuple(roles), **defaults, **table)
