@@ -130,8 +130,9 @@ class Speaker:
 
     def captions(self, scenes: Scenes) -> tuple[list[str], Tensor]:
         """A caption per scene, and (n, 10) what each mentions (`ANY` where it is silent)."""
-        texts, said = zip(*map(self.caption, scenes.meaning().tolist()), strict=True)
-        return list(texts), torch.tensor([[one.get(column, ANY) for column in COLUMNS] for one in said])
+        pairs = [self.caption(row) for row in scenes.meaning().tolist()]
+        meanings = torch.tensor([[said.get(column, ANY) for column in COLUMNS] for _, said in pairs])
+        return [text for text, _ in pairs], meanings
 
 
 def _strings(table: object) -> Iterator[str]:

@@ -92,11 +92,6 @@ def _text(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _natural(name: str) -> tuple[int, str]:
-    """Sort class folders "0", "1", "10" by number and all others by name, whatever their capitals."""
-    return (int(name) if name.isdigit() else 0, name.lower())
-
-
 def _below(folder: Path, under: str) -> Iterable[str]:
     """Paths of all images below `folder / under`, relative to `folder`, sorted."""
     paths = (path for path in (folder / under).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -116,7 +111,8 @@ def _files(folder: Path, options: dict) -> Table:
     found = [match for line in lines if (match := re.fullmatch(options["line"], line))]
     if not found:
         raise FileNotFoundError(f"no images in {options.get('list') or options['under']!r}")
-    names = sorted({match["name"] for match in found}, key=_natural)
+    known = {match["name"] for match in found}  # "0", "1", "10" by number, others by name, whatever their capitals
+    names = sorted(known, key=lambda name: (int(name) if name.isdigit() else 0, name.lower()))
     number = {name: label for label, name in enumerate(names)}
     images = [options.get("image", "{image}").format(image=match["image"]) for match in found]
     return _of_files(folder, images, [number[match["name"]] for match in found], names)

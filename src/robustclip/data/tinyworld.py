@@ -26,6 +26,9 @@ MAX_OBJECTS = 2
 ANY, UNSEEN = -1, -2  # attribute values: "not specified" and "cannot be seen in this picture"
 GRID = 96  # samples per side of a shape or texture table, over object coordinates [-1.5, 1.5]
 REACH = 1.5
+_OBJECT = np.meshgrid(*[np.linspace(-REACH, REACH, GRID)] * 2)  # x and y, each (GRID, GRID)
+_LINE = (torch.arange(SIZE, dtype=torch.float32) + 0.5) * (2 / SIZE) - 1
+_PIXELS = (_LINE.repeat(SIZE), _LINE.repeat_interleave(SIZE))  # x and y of every pixel's middle
 HELD_OUT_SHARE = 5  # one color-shape pair in five is never shown to the embedded models
 
 
@@ -159,11 +162,6 @@ def _polygon_distance(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.n
     return np.where(inside, -distance, distance)
 
 
-def _object_grid() -> tuple[np.ndarray, np.ndarray]:
-    line = np.linspace(-REACH, REACH, GRID)
-    return np.meshgrid(line, line, indexing="xy")
-
-
 def _quantised(table: np.ndarray) -> Tensor:
     """Round to 1/1024, so that the last bits of a platform's libm cannot reach a pixel."""
     return torch.from_numpy(np.round(table * 1024).astype(np.int32)).float() / 1024
@@ -172,7 +170,7 @@ def _quantised(table: np.ndarray) -> Tensor:
 @cache
 def shape_tables() -> Tensor:
     """(shapes, GRID * GRID) signed distances in units of the object's radius."""
-    x, y = _object_grid()
+    x, y = _OBJECT
     tables = []
     for shape in world()["shapes"].values():
         distance = np.full_like(x, np.inf)
@@ -191,7 +189,7 @@ def _wave(t: np.ndarray) -> np.ndarray:
 @cache
 def texture_tables() -> Tensor:
     """(textures, GRID * GRID) share of the second color; `framed` depends on the outline and is added when drawing."""
-    x, y = _object_grid()
+    x, y = _OBJECT
     sharp, dot_x, dot_y = 4.0, _wave(x * 1.6 + 0.5) + 1, _wave(y * 1.6 + 0.5) + 1
     patterns = {
         "plain": np.zeros_like(x),
@@ -254,11 +252,6 @@ class Pose(NamedTuple):
     turn: Tensor
 
 
-def _pixels() -> tuple[Tensor, Tensor]:
-    line = (torch.arange(SIZE, dtype=torch.float32) + 0.5) * (2 / SIZE) - 1
-    return line.repeat(SIZE), line.repeat_interleave(SIZE)
-
-
 def _look_up(table: Tensor, kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Bilinear look-up of `table[kind]` at object coordinates (u, v), each (n, pixels)."""
     scale = (GRID - 1) / (2 * REACH)
@@ -278,7 +271,7 @@ Painted = tuple[Tensor, Tensor]  # (n, pixels) coverage by an object, and distan
 
 def _paint(canvas: Tensor, scenes: Scenes, slot: int, rgb: Tensor, pose: Pose, opacity: Tensor) -> Painted:
     """Paint one object per picture onto `canvas` (n, 3, pixels)."""
-    x, y = _pixels()
+    x, y = _PIXELS
     cos, sin = (table[pose.turn][:, None] / pose.radius[:, None] for table in _turns())
     dx, dy = x - pose.x[:, None], y - pose.y[:, None]
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
@@ -348,7 +341,7 @@ def _sketched(canvas: Tensor, coverage: Tensor, distance: Tensor) -> Tensor:
 
 def _scanned(canvas: Tensor, coverage: Tensor, distance: Tensor) -> Tensor:
     """A gray scan: tissue glows inside an oval, color is lost."""
-    x, y = _pixels()
+    x, y = _PIXELS
     oval = (1.25 - (x * x + y * y)).clamp(0, 1) * 0.5
     gray = canvas[:, :1] * 0.3 + canvas[:, 1:2] * 0.6 + canvas[:, 2:] * 0.1
     dim = gray * 0.25 * oval + 0.08
@@ -384,7 +377,7 @@ def _render(random: torch.Generator, scenes: Scenes, scale: float) -> Tensor:
         distance[rows] = torch.where(outline.abs() < distance[rows].abs(), outline, distance[rows])
     _distractors(random, canvas, named["clutter"], 2, 0.16)
     gain, tilt = uniform(random, 0.85, 1.1, (n, 3, 1)), uniform(random, -0.18, 0.18, (n, 2, 1))
-    x, y = _pixels()
+    x, y = _PIXELS
     canvas = canvas * (gain + (tilt[:, :1] * x + tilt[:, 1:] * y))
     for name, finish in _FINISH.items():
         rows = named[name]
