@@ -81,7 +81,7 @@ def climb(memory: ClimbMemory, losses: list[float], first: int = 0) -> None:
     ],
 )
 def test_step_sizes_are_halved_when_the_climb_stalls(losses, halved):
-    memory = ClimbMemory(torch.zeros(1, 3, 1, 1), 0.2)
+    memory = ClimbMemory(torch.zeros(1, 3, 1, 1), 0.1)
     climb(memory, losses)
     best = max(range(5), key=losses.__getitem__)
     last = torch.full((1, 3, 1, 1), 4.0)
@@ -93,7 +93,7 @@ def test_step_sizes_are_halved_when_the_climb_stalls(losses, halved):
 
 def test_step_sizes_are_halved_when_nothing_improved_with_the_same_step_size():
     """The second condition: rises alone do not count if they stay below the best of the checkpoint before."""
-    rows, memory = torch.tensor([0]), ClimbMemory(torch.zeros(1, 3, 1, 1), 0.2)
+    rows, memory = torch.tensor([0]), ClimbMemory(torch.zeros(1, 3, 1, 1), 0.1)
     climb(memory, [0, 1, 2, 3, 9])
     memory.check(rows, memory.best, memory.best_gradient, 4)
     assert memory.step_size.item() == pytest.approx(0.2)

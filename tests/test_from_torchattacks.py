@@ -254,6 +254,17 @@ def test_pictures_that_are_not_numbers_are_not_returned():
     assert torch.isfinite(adversarial).all()
 
 
+def test_gradients_of_any_memory_layout():
+    """PGDL2 flattens them with `view`, which asks for the plain one."""
+    model, images = Net().eval(), some()
+
+    def columns_last(points: torch.Tensor) -> torch.Tensor:
+        return model((2 * points).contiguous(memory_format=torch.channels_last) / 2)
+
+    attack, labels = FromTorchattacks(name="PGDL2", eps=0.3, settings={"steps": 2}), predicted(model, images)
+    torch.testing.assert_close(attack(columns_last, images, labels), attack(model, images, labels))
+
+
 @pytest.mark.parametrize("classes", [2, 3, 12])
 def test_targets_are_the_classes_there_are(classes):
     """FAB-T asks for nine other classes unless told otherwise."""

@@ -9,7 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,48 +26,30 @@ MAX_SEED = 2**31 - 1
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
-class Linf:
-    """Every pixel may change by at most eps."""
+@dataclass(frozen=True)
+class Norm:
+    """What an attack has to know of the norm that measures its budget; changes are (n, 3, h, w)."""
 
-    name = "linf"
-
-    def random(self, noise: Tensor, eps: float) -> Tensor:
-        """A uniform point of the ball from `noise` (n, 3, h, w), uniform in [-1, 1]."""
-        return eps * noise
-
-    def ascend(self, gradient: Tensor) -> Tensor:
-        """Steepest ascent direction of unit length."""
-        return gradient.sign()
-
-    def project(self, delta: Tensor, eps: float) -> Tensor:
-        """Nearest point of the ball."""
-        return delta.clamp(-eps, eps)
-
-
-class L2:
-    """The Euclidean length of the change of an image is at most eps."""
-
-    name = "l2"
-
-    def random(self, noise: Tensor, eps: float) -> Tensor:
-        """A random direction at a radius uniform in [0, eps], taken from the first entry of the noise."""
-        radius = noise.flatten(1)[:, 0].abs().view(-1, 1, 1, 1)
-        return eps * radius * self.ascend(noise)
-
-    def ascend(self, gradient: Tensor) -> Tensor:
-        """Steepest ascent direction of unit length."""
-        return gradient / _length(gradient).clamp(min=1e-12)
-
-    def project(self, delta: Tensor, eps: float) -> Tensor:
-        """Nearest point of the ball."""
-        return delta * (eps / _length(delta).clamp(min=1e-12)).clamp(max=1)
-
-
-NORMS: dict[str, Linf | L2] = {"linf": Linf(), "l2": L2()}
+    random: Callable[[Tensor, float], Tensor]  # (noise uniform in [-1, 1], eps) -> a point of the ball
+    ascend: Callable[[Tensor], Tensor]  # gradient -> direction of steepest ascent, of unit length
+    project: Callable[[Tensor, float], Tensor]  # (change, eps) -> nearest point of the ball
 
 
 def _length(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=1e-12)
+
+
+def _random_l2(noise: Tensor, eps: float) -> Tensor:
+    """A random direction at a radius uniform in [0, eps], taken from the first entry of the noise."""
+    return eps * noise.flatten(1)[:, 0].abs().view(-1, 1, 1, 1) * (noise / _length(noise))
+
+
+NORMS = {
+    "linf": Norm(lambda noise, eps: eps * noise, torch.sign, lambda delta, eps: delta.clamp(-eps, eps)),
+    "l2": Norm(
+        _random_l2, lambda delta: delta / _length(delta), lambda delta, eps: delta * (eps / _length(delta)).clamp(max=1)
+    ),
+}
 
 
 # --- shared behaviour -------------------------------------------------------------------------------------------------
@@ -89,8 +71,7 @@ def own_noise(images: Tensor, seed: int, shape: Sequence[int] | None = None) -> 
 def frozen(classifier: Classifier):
     """Turn weight gradients off and leave training mode while attacking; restore both afterwards."""
     if not isinstance(classifier, nn.Module):
-        yield
-        return
+        classifier = nn.Identity()
     asking = [weight for weight in classifier.parameters() if weight.requires_grad]
     training = [module for module in classifier.modules() if module.training]
     for weight in asking:

@@ -14,7 +14,7 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ import torch
 from robustclip import _torchvision
 from robustclip.attacks.base import MAX_SEED
 from robustclip.attacks.language import load_language_model
-from robustclip.attacks.text import OBJECTIVES, TextAttack, check_texts, embed, in_float32, stop_words
+from robustclip.attacks.text import OBJECTIVES, TextAttack, TextFeatures, check_texts, stop_words
 from robustclip.checks import check_choice, check_integer
 from robustclip.component import component
 from robustclip.models import Clip
@@ -40,10 +40,9 @@ def _undisturbed():
     """Environment and random states are afterwards what they were; TextAttack's warnings are not shown."""
     environment, states = dict(os.environ), (random.getstate(), np.random.get_state())  # noqa: NPY002
     level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)
+        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=()):
             yield
     finally:
         logging.disable(level)
@@ -71,13 +70,6 @@ def import_textattack() -> ModuleType:
     with _undisturbed():
         os.environ["TA_CACHE_DIR"] = folder.name
         return import_module("textattack")
-
-
-def _encoder(clip: Clip) -> partial:
-    """A CLIP as TextAttack's model: texts to unit features."""
-    encoder = partial(embed, in_float32(clip))
-    encoder.model = clip  # TextAttack asks for its class
-    return encoder
 
 
 def _not_stop_words():
@@ -134,7 +126,7 @@ class TextAttackAttack(TextAttack):
             def _goal_function_result_type(self):
                 return textattack.goal_function_results.ClassificationGoalFunctionResult
 
-        return FarEmbedding(_encoder(clip), model_batch_size=512)
+        return FarEmbedding(TextFeatures(clip), model_batch_size=512)
 
     @abstractmethod
     def parts(self, clip: Clip) -> tuple[list, Any, Any]:
@@ -198,7 +190,7 @@ class FromTextAttack(TextAttackAttack):
 
     def parts(self, clip: Clip) -> tuple[list, Any, Any]:
         """The recipe's own transformation and search; its constraints with our stop list."""
-        built = getattr(import_textattack().attack_recipes, self.recipe).build(_encoder(clip))
+        built = getattr(import_textattack().attack_recipes, self.recipe).build(TextFeatures(clip))
         constraints, ours = [*built.pre_transformation_constraints, *built.constraints], _not_stop_words()
         others = [entry for entry in constraints if not isinstance(entry, type(ours))]
         return [*others, ours], built.transformation, built.search_method

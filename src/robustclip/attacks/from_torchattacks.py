@@ -79,8 +79,8 @@ class FromTorchattacks(Attack):
 
     def build(self, model: nn.Module, image: Tensor) -> Any:
         """The torchattacks object for a model."""
-        known, settings = arguments(self.name), dict(self.settings)
         ours = {"model": model, "eps": self.eps, "seed": self.seed}
+        known, settings = arguments(self.name), dict(self.settings)
         settings |= {name: value for name, value in ours.items() if name in known}
         if "n_classes" in known:
             settings["n_classes"] = min(settings.get("n_classes", 10), model(image).shape[1])
@@ -105,15 +105,15 @@ def adapt(attack: Any) -> FromTorchattacks:
 def _recall(attack: Any, argument: str) -> Any:
     """The value that `attack` was made with."""
     if argument == "attacks":
-        return tuple(adapt(part) for part in attack.attacks)
+        return tuple(map(adapt, attack.attacks))
     if argument == "n_classes" and hasattr(attack, "n_target_classes"):
         return attack.n_target_classes + 1
     try:
         return attrgetter(STORED.get(argument, argument))(attack)
     except AttributeError as error:
         name = type(attack).__name__
-        raise ValueError(f"cannot tell the {argument} of this {name}; write FromTorchattacks(name={name!r}) instead"
-                         ) from error  # fmt: skip
+        remedy = f"write FromTorchattacks(name={name!r}) instead"
+        raise ValueError(f"cannot tell the {argument} of this {name}; {remedy}") from error
 
 
 def as_attack(attack: Callable) -> Callable:
@@ -164,9 +164,8 @@ class Model(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of (n, 3, h, w) pixels."""
-        if torch.is_grad_enabled() and images.requires_grad:
-            return PixelGradient.apply(images, self.classify)
-        return self.classify(images)
+        wanted = torch.is_grad_enabled() and images.requires_grad
+        return PixelGradient.apply(images, self.classify) if wanted else self.classify(images)
 
 
 class PixelGradient(torch.autograd.Function):
@@ -182,5 +181,5 @@ class PixelGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upper: Tensor) -> tuple[Tensor, None]:
-        """Gradient of the pixels, which must be numbers."""
-        return input_gradient(ctx.logits, ctx.images, upper), None
+        """Gradient of the pixels, in the plain layout that torchattacks expects."""
+        return input_gradient(ctx.logits, ctx.images, upper).contiguous(), None

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class FGSM(Attack):
 class Memory:
     """What one run remembers of every image: its best point so far, the loss there, and whether it won."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, eps: float) -> None:
         self.images, self.best = images, images.clone()
         self.best_loss = images.new_full((len(images),), -torch.inf, dtype=torch.float64)
         self.broken = torch.zeros_like(self.best_loss, dtype=torch.bool)
@@ -66,6 +67,7 @@ class Ascent(Attack):
     break return with the highest loss seen. Only images that still stand see the next run.
     """
 
+    memory: ClassVar[type[Memory]] = Memory
     steps: int = 20
     norm: str = "linf"
     random_start: bool = True
@@ -91,7 +93,7 @@ class Ascent(Attack):
 
     def _climb(self, images: Tensor, restart: int, objective: Objective, standing: Tensor) -> Outcome:
         """One run on the images `standing`; those that win leave at once, the last point is only looked at."""
-        memory, rows = self.memory(images[standing]), torch.arange(len(standing), device=images.device)
+        memory, rows = self.memory(images[standing], self.eps), torch.arange(len(standing), device=images.device)
         points = self.start(memory.images, restart)
         for step in range(self.steps + 1):
             last = step == self.steps
@@ -107,10 +109,6 @@ class Ascent(Attack):
             rows, points, gradient = rows[~won], points[~won], gradient[~won]
             points = self.move(memory, step, rows, points, gradient)
         return memory.best, memory.best_loss, memory.broken
-
-    def memory(self, images: Tensor) -> Memory:
-        """An empty memory."""
-        return Memory(images)
 
     def start(self, images: Tensor, restart: int) -> Tensor:
         """First iterate: random in the ball (always for later restarts), or the image itself."""

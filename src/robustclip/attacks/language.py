@@ -31,30 +31,24 @@ class LanguageModel:
         """Word pieces back to text."""
         return " ".join(pieces).replace(" ##", "")
 
+    @torch.no_grad()
     def guesses(self, sentences: Sequence[list[str]], best: int, end_token: bool) -> list[tuple[list, list]]:
         """The `best` tokens and their raw logits at each position of each sentence, nothing masked.
 
         A sentence of m pieces has m + 1 positions: the start token's, then one per piece. Sentences of one length go
         together, so none is padded and no guess depends on the others.
         """
-        found, lengths = {}, [len(pieces) for pieces in sentences]
+        first, last = [self.tokenizer.cls_token], [self.tokenizer.sep_token] * end_token
+        names, found, lengths = self.tokenizer.convert_ids_to_tokens, {}, [len(pieces) for pieces in sentences]
         for length, group in groupby(sorted(range(len(sentences)), key=lengths.__getitem__), key=lengths.__getitem__):
             rows, size = list(group), max(1, TOKENS // (length + 2))
             for part in (rows[at : at + size] for at in range(0, len(rows), size)):
-                found |= zip(part, self._guess([sentences[row] for row in part], best, end_token), strict=True)
+                words = [self.tokenizer.convert_tokens_to_ids([*first, *sentences[row], *last]) for row in part]
+                logits = self.network(input_ids=torch.tensor(words, device=self.network.device)).logits
+                values, tokens = logits[:, : length + 1].float().topk(min(best, logits.shape[-1]))
+                guessed = [list(map(names, row)) for row in tokens.tolist()]
+                found |= zip(part, zip(guessed, values.tolist(), strict=True), strict=True)
         return [found[row] for row in range(len(sentences))]
-
-    @torch.no_grad()
-    def _guess(self, sentences: list[list[str]], best: int, end_token: bool) -> Iterable[tuple[list, list]]:
-        """`guesses` for sentences of one length."""
-        end = [self.tokenizer.sep_token] if end_token else []
-        words = [[self.tokenizer.cls_token, *pieces, *end] for pieces in sentences]
-        ids = torch.tensor([self.tokenizer.convert_tokens_to_ids(row) for row in words], device=self.network.device)
-        logits = self.network(input_ids=ids).logits[:, : len(sentences[0]) + 1].float()
-        values, tokens = logits.topk(min(best, logits.shape[-1]))
-        names = {token: self.tokenizer.convert_ids_to_tokens(token) for token in tokens.unique().tolist()}
-        guessed = [[[names[token] for token in row] for row in rows] for rows in tokens.tolist()]
-        return zip(guessed, values.tolist(), strict=True)
 
 
 def is_tinyworld(clip: Clip) -> bool:

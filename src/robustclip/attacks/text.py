@@ -1,7 +1,7 @@
 """Attacks on texts: BERT-Attack on class prompts or captions, in the released and the aligned reading, and label-aware.
 
-A text attack is a frozen dataclass; `attack(clip, prompts)` returns one attacked text per prompt. Words are what stands
-between single blanks. A masked language model proposes substitutes for them, the text encoder under attack chooses.
+Words are what stands between single blanks. A masked language model proposes substitutes for them, the text encoder
+under attack chooses.
 """
 
 import copy
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
-from itertools import chain, count, islice, product
+from itertools import chain, islice, product
 from typing import ClassVar
 
 import torch
@@ -49,33 +49,23 @@ def cosine_distance(clean: Tensor, moved: Tensor) -> Tensor:
 OBJECTIVES = {"kl": kl_divergence, "cosine": cosine_distance}
 
 
-def in_float32(clip: Clip) -> Clip:
-    """The CLIP, or a copy if its precision is lower: the divergences to rank are of order 1e-5."""
-    return clip if clip.logit_scale.dtype == torch.float32 else copy.deepcopy(clip).float()
-
-
-def embed(clip: Clip, texts: Sequence[str]) -> Tensor:
-    """(k, d) unit features of k texts as at test time, on the CPU in double precision."""
-    with torch.no_grad(), frozen(clip):
-        parts = [clip.encode_texts(texts[at : at + BATCH]).cpu() for at in range(0, len(texts), BATCH)]
-    return torch.cat(parts).double()
-
-
 class TextFeatures:
-    """`embed` with a memory: each distinct text is encoded once, in float32."""
+    """Texts to unit features (k, d) in double precision, on the CPU; each distinct text is encoded once.
+
+    A CLIP of lower precision is copied to float32: the divergences to rank are of order 1e-5.
+    """
 
     def __init__(self, clip: Clip) -> None:
-        self.clip = in_float32(clip)
-        self._rows: dict[str, int] = {}
-        self._features = torch.empty(0, 1).double()
+        self.model = clip if clip.logit_scale.dtype == torch.float32 else copy.deepcopy(clip).float()
+        self.known: dict[str, Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(k, d) features of k texts."""
-        if new := [text for text in dict.fromkeys(texts) if text not in self._rows]:
-            features = embed(self.clip, new)
-            self._features = torch.cat([self._features, features]) if self._rows else features
-            self._rows.update(zip(new, count(len(self._rows))))
-        return self._features[[self._rows[text] for text in texts]]
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        with torch.no_grad(), frozen(self.model):
+            for part in (new[at : at + BATCH] for at in range(0, len(new), BATCH)):
+                self.known.update(zip(part, self.model.encode_texts(part).cpu().double(), strict=True))
+        return torch.stack([self.known[text] for text in texts]) if len(texts) else torch.empty(0, 1).double()
 
 
 @component
@@ -151,29 +141,26 @@ class WordSubstitution(TextAttack):
 
     def _of_text(self, model: LanguageModel, text: str, tokens: list, logits: list) -> Substitutes:
         """Substitutes for one text from the guesses at its positions; position 0 is the start token's."""
-        found, end = {}, 0
+        found, end, shifted = {}, 0, self.offset == "shifted"
         for position, word in enumerate(text.split(" ")):
             start, end = end, end + len(model.pieces(word))
-            own = slice(start, end) if self.offset == "shifted" else slice(start + 1, end + 1)
-            if start < self._kept and (word if self.offset == "shifted" else word.lower()) not in stop_words():
-                words = self._usable(model, word, self._options(tokens[own], logits[own]))
+            if start < self._kept and (word if shifted else word.lower()) not in stop_words():
+                own = slice(start, end) if shifted else slice(start + 1, end + 1)
+                words = self._words(model, tokens[own], logits[own], stop_words() | {word.lower()})
                 found |= {position: words} if words else {}
         return found
 
-    def _options(self, tokens: list[list[str]], logits: list[list[float]]) -> Iterable[tuple[str, ...]]:
-        """What may fill the positions of one word: the best tokens above the threshold.
+    def _words(self, model: LanguageModel, tokens: list, logits: list, refused: frozenset[str]) -> list[str]:
+        """What may fill the positions of one word: whole words from the best tokens above the threshold.
 
         Of several positions the first 24 combinations of the 4 best tokens at each of the first 12. The order by
         perplexity of the released code is left out: all of them are scored, so it decides nothing but exact ties.
         """
         if len(tokens) == 1:
-            return [(token,) for token, logit in zip(tokens[0], logits[0], strict=True) if logit >= self.threshold]
-        return islice(product(*(row[:TOKENS] for row in tokens[:PIECES])), COMBINATIONS if tokens else 0)
-
-    def _usable(self, model: LanguageModel, word: str, options: Iterable[tuple[str, ...]]) -> list[str]:
-        """Whole words other than the word itself, stop words and the tokenizer's special tokens."""
-        joined = [model.join(option) for option in options if model.special.isdisjoint(option)]
-        refused = stop_words() | {word.lower()}
+            options = [(token,) for token, logit in zip(tokens[0], logits[0], strict=True) if logit >= self.threshold]
+        else:
+            options = islice(product(*(row[:TOKENS] for row in tokens[:PIECES])), COMBINATIONS if tokens else 0)
+        joined = (model.join(option) for option in options if model.special.isdisjoint(option))
         return list(dict.fromkeys(text for text in joined if "##" not in text and text not in refused))
 
 
@@ -270,12 +257,12 @@ class LabelAwareBertAttack(WordSubstitution):
         labels = check_labels(labels, len(prompts), len(check_images(images))).cpu()
         if not len(images):
             raise ValueError(f"images is empty; give about {self.images} held-out images with their labels")
-        found = self.substitutes(load_language_model(self.language_model, clip), list(dict.fromkeys(prompts)))
+        found = self.substitutes(load_language_model(self.language_model, clip), prompts)
         options = [[prompt, *variants(prompt, found[prompt])] for prompt in prompts]
         features = TextFeatures(clip)
         features([text for several in options for text in several])  # all of them in large batches
-        with torch.no_grad(), frozen(features.clip):
-            parts = [features.clip.encode_images(part.to(clip.device)).cpu() for part in images.split(BATCH)]
+        with torch.no_grad(), frozen(features.model):
+            parts = [features.model.encode_images(part.to(clip.device)).cpu() for part in images.split(BATCH)]
         return sweep(clip.logit_scale.item() * torch.cat(parts).double(), labels, options, features)
 
 
