@@ -43,21 +43,25 @@ def fine_tuned(
     seed: int = 0,
     store: Where = None,
     device: str = "auto",
+    stages: int = 1,
     **settings: Any,
 ) -> dict[str, str]:
     """Folders of the scale's CLIP after each recipe on a role, by the names that tables give them.
 
     What the store does not hold yet is trained now; what was interrupted goes on. `settings` go to every recipe.
+    With several `stages`, the folder of each model also holds those on the way: `stage-1`, `stage-2` ...
     """
     chosen, found = find_scale(scale), {}
     for count in shots:
         for name in recipes:
             recipe = chosen.recipe(name, shots=count, seed=seed, **settings)
-            found[model_name(name, role, count)] = str(trained(chosen, recipe, role, name, store, device))
+            found[model_name(name, role, count)] = str(trained(chosen, recipe, role, name, store, device, stages))
     return found
 
 
-def trained(scale: Scale, recipe: Recipe, role: str, name: str = "", store: Where = None, device: str = "auto") -> Path:
+def trained(
+    scale: Scale, recipe: Recipe, role: str, name: str = "", store: Where = None, device: str = "auto", stages: int = 1
+) -> Path:
     """The folder of the scale's CLIP after one recipe on a role's training pictures."""
     base = _base(scale.model("clip"), device)
     pictures = _pictures(role, scale.source, scale.training.get("pictures"))
@@ -66,10 +70,10 @@ def trained(scale: Scale, recipe: Recipe, role: str, name: str = "", store: Wher
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     folder = check_folder(Store.of(store).root / scale.name / "models" / digest, 50)
     with _alone(folder):
-        if (folder / FACTS).is_file():
+        if (folder / FACTS).is_file() and all((folder / f"stage-{number}").is_dir() for number in range(1, stages)):
             return folder
         begin = time.perf_counter()
-        tuned, run = train(recipe, base, pictures, folder)
+        tuned, run = train(recipe, base, pictures, folder, stages=stages)
         if not world()[0]:
             models.save(tuned, folder)
             passes = recipe.batch_size * run.updates

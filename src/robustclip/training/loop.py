@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustclip.checks import check_folder
 from robustclip.data.tinyworld import generator
-from robustclip.models import Clip
+from robustclip.models import Clip, save
 from robustclip.progress import progress
 from robustclip.training.batch import Batch, Stopwatch, Texts
 from robustclip.training.parallel import share, synchronised, wait, world
@@ -146,9 +146,12 @@ class Run:
 
 
 def train(
-    recipe: "Recipe", clip: Clip, pictures: Pictures, folder: Path | None = None, every: int = 50
+    recipe: "Recipe", clip: Clip, pictures: Pictures, folder: Path | None = None, every: int = 50, stages: int = 1
 ) -> tuple[Clip, Run]:
-    """A tuned copy of `clip`, and the finished run; with a folder, a checkpoint in it `every` so many updates."""
+    """A tuned copy of `clip`, and the finished run; with a folder, a checkpoint in it `every` so many updates.
+
+    The model after each but the last of so many equal `stages` is kept in the folder, too: `stage-1`, `stage-2` ...
+    """
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         run = Run(recipe, clip, pictures)
@@ -156,6 +159,9 @@ def train(
             run.restore(folder / CHECKPOINT)
         for _ in progress(range(run.done, run.updates), type(recipe).__name__, unit="update"):
             run.update()
+            stage, rest = divmod(run.done * stages, run.updates)
+            if folder and stages > 1 and rest < stages and 0 < stage < stages and not world()[0]:
+                save(run.clip, folder / f"stage-{stage}")
             if folder and (run.done % every == 0 or run.done == run.updates):
                 run.save(folder / CHECKPOINT)
     return run.clip.requires_grad_(False), run
