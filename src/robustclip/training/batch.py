@@ -107,7 +107,7 @@ def inner_maximum(batch: Batch) -> Tensor:
     """
     labels, scale = batch.labels[share(len(batch.labels))], batch.clip.logit_scale.float().detach()
     with frozen(batch.clip):
-        encode, texts = fast(batch.clip, batch.recipe.precision).encode_images, batch.class_texts.detach()
+        encode, texts = fast(batch.clip, batch.recipe.precision).encode_images, batch.texts(batch.prompts)
 
         def slope(points: Tensor) -> Tensor:
             loss = F.cross_entropy(scale * encode(points) @ texts.T, labels, reduction="sum")
