@@ -667,8 +667,8 @@ def mirrored(clip, prompts):
 
 def test_the_encoder_seen_through_a_defense():
     clip, images = tiny_clip(), tiny_images()
-    assert encoder(clip, ZeroShotClassifier, DIMENSIONS) == clip.encode_images
-    seen = encoder(clip, mirrored, DIMENSIONS)
+    assert encoder(clip, ZeroShotClassifier, PROMPTS) == clip.encode_images
+    seen = encoder(clip, mirrored, PROMPTS)
     assert torch.allclose(seen(images), clip.encode_images(0.9 * images.flip(3)), atol=1e-6)
     texts = clip.text_features(PROMPTS)
     assert torch.equal(clip.text_features(PROMPTS), texts), "the CLIP itself keeps its texts"

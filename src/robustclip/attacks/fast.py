@@ -12,15 +12,12 @@ from robustclip.models import PRECISIONS, ZeroShotClassifier
 
 @component
 class Fast:
-    """Another attack, its gradients taken on the classifier's `fast` twin, its result checked in float32.
+    """Another attack, its gradients taken on the classifier's `fast` twin: Fast(attack=PGD(eps=4/255)).
 
-    Fast(attack=PGD(eps=4/255))
-
-    Every image is shown to the classifier itself. One that still stands is attacked again, on the twin in float32 and
-    in the end on the classifier, unless the twin is certain there: its error is too small to matter for which class
-    comes first. So rounding neither invents a success nor hides one, be it that the attack stopped too early, never
-    began, or missed by little. Only a plain `ZeroShotClassifier` has a twin; anything else, such as a defended one, is
-    attacked directly.
+    Every image is shown to the classifier itself in float32. One that still stands is attacked again, on the twin in
+    float32 and in the end on the classifier, unless the twin's error is too small there to matter for which class comes
+    first. So rounding neither invents a success nor hides one. Only a plain `ZeroShotClassifier` has a twin; anything
+    else, such as a defended one, is attacked directly.
     """
 
     attack: Attack

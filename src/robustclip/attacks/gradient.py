@@ -147,13 +147,11 @@ class LossAscent(Ascent):
 
     def look(self, classifier: Classifier, images: Tensor) -> Tensor:
         """Logits, or probabilities averaged over the draws."""
-        scores = super().look(classifier, images)
+        scores, once_more = super().look(classifier, images), super().look
         if self.target_class is not None and self.target_class >= scores.shape[1]:
             raise ValueError(f"target_class={self.target_class} is out of range; there are {scores.shape[1]} classes")
-        if self.draws == 1:
-            return scores
-        return sum((super(LossAscent, self).look(classifier, images).softmax(1) for _ in range(self.draws - 1)),
-                   scores.softmax(1))  # fmt: skip
+        others = (once_more(classifier, images).softmax(1) for _ in range(self.draws - 1))
+        return sum(others, scores.softmax(1)) if self.draws > 1 else scores
 
     def won(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Any other class first; with a target class, that one first or nothing to do because it is the true one."""
@@ -183,10 +181,10 @@ class LossAscent(Ascent):
 
 @component
 class Steps(Ascent):
-    """The climb of plain projected gradient ascent.
+    """Plain projected gradient ascent; `step_size` defaults to 2.5 eps / steps, capped at eps.
 
-    x_{k+1} = P(x_k + step_size * direction(grad_x L(x_k))), where P projects onto the eps-ball around the image and
-    onto [0, 1]. `step_size` defaults to 2.5 eps / steps, capped at eps.
+    x_{k+1} = P(x_k + step_size * direction(grad_x L(x_k))), P the projection onto the eps-ball around the image and
+    onto [0, 1].
     """
 
     step_size: float | None = None

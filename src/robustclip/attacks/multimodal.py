@@ -38,14 +38,11 @@ FOOLING = 1e6  # more than any loss: a point that fools is better than all that 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Attacked images and the prompts they are classified with.
-
-    With `own`, text i stands in for the prompt of image i's true class when image i is classified.
-    """
+    """Attacked images and the prompts they are classified with."""
 
     images: Tensor  # (n, 3, h, w)
     prompts: list[str]  # one per class
-    own: list[str] | None = None
+    own: list[str] | None = None  # for image i, text i stands in for the prompt of its true class
 
 
 def predictions(pair: Pair, labels: Tensor, clip: Any, build: Build = ZeroShotClassifier) -> Tensor:
@@ -198,8 +195,8 @@ class CoAttack(Following):
     def _paired(self, clip: Any, prompts: list[str], images: Tensor, labels: Tensor, build: Build) -> list[Pair]:
         attacked = attacked_prompts(clip, self.text, prompts)
         texts = clip.text_features(attacked)[labels].double()
-        encode = encoder(clip, build, texts.shape[1])
-        return [Pair(leave(self._climber(), encode, images, (self.weight, texts)), attacked)]
+        found = leave(self._climber(), encoder(clip, build, prompts), images, (self.weight, texts))
+        return [Pair(found, attacked)]
 
     def _captioned(self, clip: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
         """Each image follows all of its captions: mean_m KL(p_m || q) is KL(mean_m p_m || q) up to a constant."""
@@ -228,14 +225,14 @@ class SGA(Following):
         super().__post_init__()
 
     def _paired(self, clip: Any, prompts: list[str], images: Tensor, labels: Tensor, build: Build) -> list[Pair]:
-        encode = encoder(clip, build, clip.text_features(prompts).shape[1])
-        found, texts = self._both(clip, encode, images, [[prompts[label]] for label in labels.tolist()])
+        captions = [[prompts[label]] for label in labels.tolist()]
+        found, texts = self._captioned(clip, images, captions, encoder(clip, build, prompts))
         return [Pair(found, prompts, own=list(chain(*texts)))]
 
-    def _captioned(self, clip: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
-        return self._both(clip, clip.encode_images, images, captions)
-
-    def _both(self, clip: Any, encode: Encode, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+    def _captioned(
+        self, clip: Any, images: Tensor, captions: Captions, encode: Encode | None = None
+    ) -> tuple[Tensor, Captions]:
+        encode = encode or clip.encode_images
         texts = pooled(clip, self._rewrite(clip, encode, images, captions), lambda features: features)
         turns = count()
 
@@ -263,14 +260,8 @@ class SGA(Following):
             yield (scaled + self.noise * normal).clamp(0, 1)
 
 
-# --- features ---------------------------------------------------------------------------------------------------------
-
-
 def divergence(encode: Encode, *references: tuple[float, Tensor]) -> Loss:
-    """The weighted sum of KL(softmax(reference) || softmax(u')) over coordinates of the image features u' (n, d).
-
-    In float64: the softmax of a unit vector is nearly uniform, and the divergence about (1 - cos) / d.
-    """
+    """The weighted sum of KL(softmax(reference) || softmax(u')) over coordinates of features u' (n, d), in float64."""
 
     def loss(points: Tensor, rows: Tensor) -> Tensor:
         features = encode(points).double()
@@ -279,16 +270,16 @@ def divergence(encode: Encode, *references: tuple[float, Tensor]) -> Loss:
     return loss
 
 
-def encoder(clip: Any, build: Build, dimensions: int) -> Encode:
-    """Images to unit features (n, dimensions): the CLIP's own, or what a defended classifier leaves of them.
+def encoder(clip: Any, build: Build, prompts: Sequence[str]) -> Encode:
+    """Images to unit features (n, d): the CLIP's own, or what a defended classifier leaves of them.
 
     That classifier is built on a CLIP whose texts are the axes of feature space, so that its logits are s u.
     """
     if build is ZeroShotClassifier:
         return clip.encode_images
-    axes, seen = torch.eye(dimensions, device=clip.logit_scale.device), copy(clip)
+    axes, seen = torch.eye(clip.text_features(prompts).shape[1], device=clip.logit_scale.device), copy(clip)
     seen.encode_images, seen.text_features = clip.encode_images, lambda texts: axes[list(map(int, texts))]
-    classifier = build(seen, list(map(str, range(dimensions))))
+    classifier = build(seen, list(map(str, range(len(axes)))))
     return lambda images: F.normalize(classifier(images).float(), dim=1)
 
 
@@ -304,9 +295,6 @@ def regroup(texts: Sequence[str], captions: Captions) -> Captions:
     return [[next(following) for _ in group] for group in captions]
 
 
-# --- ascents that nobody leaves early ---------------------------------------------------------------------------------
-
-
 @component
 class OneSidedSteps(Steps):
     """Projected gradient ascent from a start in [0, eps] above the image, as Co-Attack and AdvPT release it."""
@@ -317,7 +305,7 @@ class OneSidedSteps(Steps):
 
 
 def ascend(climber: Ascent, images: Tensor, *losses: Loss) -> Tensor:
-    """The points of highest loss in the eps-balls around the images; one run and restart for each loss."""
+    """The points of highest loss in the eps-balls around the images, which nobody leaves early; one run per loss."""
 
     def endless(loss: Loss, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         return loss(points, rows), points.new_zeros(len(points), dtype=torch.bool)
@@ -333,10 +321,7 @@ def leave(climber: Ascent, encode: Encode, images: Tensor, *references: tuple[fl
 
 
 def to_the_end(attack: Attack, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
-    """The attack on all images without a stop where they fool: of the points that do, if any, that of highest loss.
-
-    Attacks that are no ascent run as they are.
-    """
+    """An ascent on all images without a stop where they fool: of the points that do, if any, that of highest loss."""
     if not isinstance(attack, Ascent):
         return attack(classifier, images, labels)
 

@@ -20,9 +20,8 @@ TOGETHER = 64  # images a classifier sees in hardly more time than one
 class Square(Attack):
     """Change one random square of the image at a time and keep what raises the margin; no gradient is used.
 
-    `p_init` is the share of pixels in the first squares; it shrinks as queries are spent. Each image has squares of its
-    own. When few images stand, their next squares are shown together; what comes after the first that helps is shown
-    again on top of it, so the outcome is that of asking one by one.
+    `p_init` is the share of pixels in the first squares; it shrinks as queries are spent. When few images stand, their
+    next squares are shown together; what comes after the first that helps is shown again, on top of it.
     """
 
     queries: int = 5000
@@ -141,10 +140,8 @@ class L2Squares:
         first, second = window(noise[:, :2], side, self.sides), window(noise[:, 2:4], side, self.sides)
         unused = (self.eps**2 - (delta**2).sum((1, 2, 3), keepdim=True)).clamp(min=0) / 3
         energy = unused + (delta**2 * (first | second)).sum((1, 2, 3), keepdim=True)
-        added = torch.zeros_like(delta).masked_scatter_(
-            first.expand_as(delta), self._bumps(side, noise[:, 4:].to(delta))
-        )
-        pattern = added + _unit(delta * first)
+        added = self._bumps(side, noise[:, 4:].to(delta))
+        pattern = torch.zeros_like(delta).masked_scatter_(first.expand_as(delta), added) + _unit(delta * first)
         delta = torch.where(first, _unit(pattern) * energy.sqrt(), delta.masked_fill(second, 0))
         return self._within(images, delta)
 
