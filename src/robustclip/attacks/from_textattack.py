@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -38,18 +39,15 @@ RECIPES = ("DeepWordBugGao2018", "Pruthi2019")  # the others download embeddings
 @contextmanager
 def _undisturbed():
     """Environment and random states are afterwards what they were; TextAttack's warnings are not shown."""
-    environment, states = dict(os.environ), (random.getstate(), np.random.get_state())  # noqa: NPY002
-    level = logging.root.manager.disable
+    level, states = logging.root.manager.disable, (random.getstate(), np.random.get_state())  # noqa: NPY002
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=()):
+        with patch.dict(os.environ), warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=()):
             yield
     finally:
         logging.disable(level)
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 @cache
@@ -78,23 +76,9 @@ def _not_stop_words():
     return import_textattack().constraints.pre_transformation.StopwordModification(stopwords=forms)
 
 
-def _whole_words(special: frozenset[str]):
-    """A constraint on what is put in: no stop word, no word piece, none of the language model's special tokens."""
-
-    class WholeWords(import_textattack().constraints.Constraint):
-        def _check_constraint(self, transformed_text, reference_text):
-            new = {transformed_text.words[place] for place in transformed_text.attack_attrs["newly_modified_indices"]}
-            return not (new & stop_words() or any(token in transformed_text.text for token in ("##", *special)))
-
-    return WholeWords(compare_against_original=True)
-
-
 @component
 class TextAttackAttack(TextAttack):
-    """An attack made of TextAttack's parts, on one prompt after the other, that changes at most `words` words.
-
-    What happens to a prompt depends on the prompt and the seed only.
-    """
+    """An attack made of TextAttack's parts, on one prompt after the other, that changes at most `words` words."""
 
     objective: str = "kl"
     words: int = 1
@@ -148,9 +132,9 @@ class TextAttackAttack(TextAttack):
 class ReferenceBertAttack(TextAttackAttack):
     """BERT-Attack from TextAttack's parts: `WordSwapMaskedLM` proposes, `GreedyWordSwapWIR` searches.
 
-    The reference for `BertAttack()`. It differs where a word has several pieces (TextAttack takes the first
-    combinations of all candidates) or carries punctuation (which it leaves out of the word), where a guess is below the
-    threshold (it knows none), and after a first swap (it asks the language model again).
+    The reference for `BertAttack()` differs where a word has several pieces (it takes the first combinations of all
+    candidates) or carries punctuation (which it leaves out of the word), where a guess is below the threshold (it knows
+    none), and after a first swap (it asks the language model again).
     """
 
     candidates: int = 10
@@ -167,20 +151,21 @@ class ReferenceBertAttack(TextAttackAttack):
             max_length=self.max_pieces,
             max_candidates=self.candidates,
         )
-        constraints = [
-            textattack.constraints.pre_transformation.RepeatModification(),
-            textattack.constraints.overlap.MaxWordsPerturbed(max_num_words=self.words),
-            *(_not_stop_words(), _whole_words(model.special)),
-        ]
-        return constraints, swap, textattack.search_methods.GreedyWordSwapWIR("unk", unk_token=model.unknown)
+
+        class WholeWords(textattack.constraints.Constraint):
+            def _check_constraint(self, transformed_text, reference_text):
+                new = {transformed_text.words[at] for at in transformed_text.attack_attrs["newly_modified_indices"]}
+                return not (new & stop_words() or any(part in transformed_text.text for part in ("##", *model.special)))
+
+        once = textattack.constraints.pre_transformation.RepeatModification()
+        few = textattack.constraints.overlap.MaxWordsPerturbed(max_num_words=self.words)
+        search = textattack.search_methods.GreedyWordSwapWIR("unk", unk_token=model.unknown)
+        return [once, few, _not_stop_words(), WholeWords(compare_against_original=True)], swap, search
 
 
 @component
 class FromTextAttack(TextAttackAttack):
-    """One of TextAttack's recipes with the distance of CLIP embeddings as its goal: "DeepWordBugGao2018", "Pruthi2019".
-
-    These two change characters and need no downloads. Stop words are ours, in any case of letters.
-    """
+    """One of TextAttack's recipes that change characters, its goal the distance of CLIP embeddings, stop words ours."""
 
     recipe: str = "DeepWordBugGao2018"
 

@@ -34,9 +34,8 @@ STORED = {  # settings that torchattacks stores under another name
 class FromTorchattacks(Attack):
     """The class `name` of torchattacks with its `settings`; without eps for those that have none, such as CW.
 
-    What comes back is moved into the budget if one is given. Random numbers come from one generator per call, so unlike
-    in our own attacks neighbors matter where torchattacks draws any. Attacks on several targets never ask for more
-    classes than there are. Attacks of other modules are named in full, "module.Class".
+    What comes back is moved into the budget if one is given. Neighbors matter where torchattacks draws random numbers.
+    Attacks on several targets never ask for more classes than there are. Other modules' are named "module.Class".
 
     FromTorchattacks(name="FAB", eps=4/255, settings={"multi_targeted": True})   FAB-T
     FromTorchattacks(name="CW", settings={"steps": 200})                         the L2 attack of Carlini and Wagner
@@ -49,7 +48,7 @@ class FromTorchattacks(Attack):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", tuple(sorted(dict(self.settings).items())))
-        known = arguments(self.name)
+        known = signature(load(self.name)).parameters
         for setting, _ in self.settings:
             check_choice(f"setting of {self.name}", setting, [each for each in known if each not in OURS])
         if self.eps != math.inf or "eps" in known:
@@ -80,13 +79,14 @@ class FromTorchattacks(Attack):
     def build(self, model: nn.Module, image: Tensor) -> Any:
         """The torchattacks object for a model."""
         ours = {"model": model, "eps": self.eps, "seed": self.seed}
-        known, settings = arguments(self.name), dict(self.settings)
+        kind, settings = load(self.name), dict(self.settings)
+        known = signature(kind).parameters
         settings |= {name: value for name, value in ours.items() if name in known}
         if "n_classes" in known:
             settings["n_classes"] = min(settings.get("n_classes", 10), model(image).shape[1])
         if "attacks" in settings:  # the parts of a MultiAttack
             settings["attacks"] = [part.build(model, image) for part in settings["attacks"]]
-        return load(self.name)(**settings)
+        return kind(**settings)
 
 
 def adapt(attack: Any) -> FromTorchattacks:
@@ -136,11 +136,6 @@ def load(name: str) -> type:
     return found
 
 
-def arguments(name: str) -> tuple[str, ...]:
-    """What the constructor of the class `name` takes."""
-    return tuple(signature(load(name)).parameters)
-
-
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global random states, which torchattacks draws from, and restore them afterwards."""
@@ -169,7 +164,7 @@ class Model(nn.Module):
 
 
 class PixelGradient(torch.autograd.Function):
-    """A classifier whose backward pass stops at the pixels: some attacks would fill the gradients of its weights."""
+    """A classifier whose backward pass stops at the pixels, so that no attack fills the gradients of its weights."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, classify: Callable[[Tensor], Tensor]) -> Tensor:

@@ -131,10 +131,7 @@ class L2Squares:
         return self._within(images, delta)
 
     def propose(self, images: Tensor, best: Tensor, noise: Tensor, share: float) -> Tensor:
-        """Take the energy of two windows, and what the budget leaves, and put it all into the first of them.
-
-        It becomes the sum of its old pattern and a bump, both of unit length per color; `noise` (n, 8) in [-1, 1].
-        """
+        """Put the energy of two windows, and what the budget leaves, into the first: its old pattern plus a bump."""
         side = min(max(round((share * self.sides[0] * self.sides[1]) ** 0.5), 3) | 1, *self.sides)
         delta = best - images
         first, second = window(noise[:, :2], side, self.sides), window(noise[:, 2:4], side, self.sides)

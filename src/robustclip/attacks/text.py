@@ -95,10 +95,9 @@ def swapped(words: list[str], position: int, word: str) -> list[str]:
 class WordSubstitution(TextAttack):
     """What the BERT-Attacks share: where substitutes come from.
 
-    The language model reads the text unmasked and guesses each position. `aligned` takes a word's substitutes from the
-    word's own positions. `shifted` follows the code of Co-Attack, SGA and MMCoA: one position too early, so that a word
-    gets the guesses for the piece before it; and stop words are recognised by case, so that "This" may be swapped.
-    That code also omits the `end_token` of the sentence. `threshold` is a raw logit.
+    The language model reads the text unmasked and guesses each position. `aligned` takes a word's substitutes from its
+    own positions. `shifted` follows the code of Co-Attack, SGA and MMCoA: one position too early, and with stop words
+    told by case, so that "This" may be swapped. That code also omits the `end_token`. `threshold` is a raw logit.
     """
 
     offset: str = "aligned"
@@ -124,10 +123,7 @@ class WordSubstitution(TextAttack):
         return model.join(islice(chain.from_iterable(map(model.pieces, words)), self._kept))
 
     def substitutes(self, model: LanguageModel, texts: Sequence[str]) -> dict[str, Substitutes]:
-        """For each text, the words that may be swapped and their substitutes, from one pass of the language model.
-
-        The language model remembers them: the next call with the same texts is free, whatever became of the CLIP.
-        """
+        """For each text, the words that may be swapped and their substitutes; the language model remembers them."""
         check_integer("max_pieces", self.max_pieces, 3, model.longest)
         settings = (self.offset, self.end_token, self.candidates, self.threshold, self.max_pieces)
         keys = {text: (text, settings) for text in texts}
@@ -192,10 +188,7 @@ class BertAttack(WordSubstitution):
         return [attacked[prompt] for prompt in prompts]
 
     def against(self, clip: Clip, texts: Sequence[str], image_features: Tensor) -> list[str]:
-        """The i-th text attacked against the i-th image, (n, d) unit rows: max_{t'} -cos(u_i, v'), as in SGA.
-
-        The order of the words is the label-free one, so that each distinct candidate is proposed and embedded once.
-        """
+        """The i-th text against the i-th image, (n, d) unit rows: max_{t'} -cos(u_i, v'), words in the same order."""
         texts = check_texts("texts", texts)
         if image_features.ndim != 2 or len(image_features) != len(texts):
             shape = tuple(image_features.shape)
@@ -276,8 +269,7 @@ def sweep(images: Tensor, labels: Tensor, options: list[list[str]], features: Ca
     """One sweep of coordinate ascent over the classes: the option of each that maximises the mean cross-entropy.
 
     `images` are (n, d) features times the logit scale; the first of `options[k]` is the clean prompt of class k. The
-    log-sum-exp over the other classes joins that of the settled ones with that of the later ones, summed up once from
-    the end: nothing is ever subtracted.
+    log-sum-exp over the later classes is summed up once from the end: nothing is ever subtracted.
     """
     clean = images @ features([several[0] for several in options]).T
     later = clean.flip(1).logcumsumexp(1).flip(1)
