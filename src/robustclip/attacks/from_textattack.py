@@ -37,25 +37,38 @@ RECIPES = ("DeepWordBugGao2018", "Pruthi2019")  # the others download embeddings
 
 
 @contextmanager
+def _same_random():
+    """Random states are afterwards what they were."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
 def _undisturbed():
-    """Environment and random states are afterwards what they were; TextAttack's warnings are not shown."""
-    level, states = logging.root.manager.disable, (random.getstate(), np.random.get_state())  # noqa: NPY002
+    """As `_same_random`, for the environment, too; TextAttack's warnings are not shown."""
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with patch.dict(os.environ), warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=()):
+        with patch.dict(os.environ), warnings.catch_warnings(action="ignore"), _same_random():
             yield
     finally:
         logging.disable(level)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 @cache
 def import_textattack() -> ModuleType:
     """The module `textattack`, imported without network or TensorFlow, its cache a folder that is removed at exit."""
     _torchvision.prepare()
-    for name in ("datasets", "matplotlib.font_manager", "sklearn", "transformers"):
-        import_module(name)  # they remember where their caches are, which TextAttack moves, or set variables to keep
+    with _same_random():
+        for name in ("datasets", "matplotlib.font_manager", "sklearn", "transformers"):
+            import_module(
+                name
+            )  # they remember where their caches are, which TextAttack moves, or set variables to keep
     import nltk
 
     folder = TemporaryDirectory(prefix="robustclip-")
