@@ -51,12 +51,13 @@ def add_frame(clip: nn.Module, width: int, seed: int = 0) -> nn.Module:
 def make_room(tokens: Tensor, network: nn.Module) -> Tensor:
     """Tokens (k, length) with places for the context after the start token; texts too long for it are an error.
 
-    The places hold the text's first word, an ordinary token, so that towers that look for the end token find it.
+    The places hold the text's first word, an ordinary token, so that towers that look for the end token find it. Only
+    padding makes room, and one more place of it must stay: a lone end token looks like padding.
     """
     vectors = len(getattr(getattr(network, "token_embedding", None), "context", ()))
     if not vectors:
         return tokens
-    if (tokens[:, -vectors:] != tokens[:, -1:]).any():
+    if (tokens[:, -vectors - 1 :] != tokens[:, -1:]).any():
         raise ValueError(f"a text is too long for {vectors} context vectors; use shorter prompts or fewer vectors")
     return torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, vectors), tokens[:, 1:-vectors]], 1)
 

@@ -70,6 +70,7 @@ def trained(
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     folder = check_folder(Store.of(store).root / scale.name / "models" / digest, 50)
     with _alone(folder):
+        wait()  # so that all processes look at the same folder
         if (folder / FACTS).is_file() and all((folder / f"stage-{number}").is_dir() for number in range(1, stages)):
             return folder
         begin = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class Run:
     """Everything that changes while a recipe runs."""
 
     def __init__(self, recipe: "Recipe", clip: Clip, pictures: Pictures) -> None:
-        self.recipe, self.pictures = recipe, pictures
+        self.recipe, self.pictures, self.base = recipe, pictures, clip.digest
         self.clip = recipe.prepare(copy.deepcopy(clip)).requires_grad_(False)
         self.weights = [weight for name, weight in self.clip.network.named_parameters() if recipe.learns(name)]
         if not self.weights:
@@ -117,14 +117,17 @@ class Run:
         self.place = f"the last good checkpoint is {path}, of update {self.done}"
 
     def restore(self, path: Path) -> None:
-        """Go on from a file that `save` wrote, if there is one, and if it is of the same recipe and pictures."""
+        """Go on from a file that `save` wrote, if there is one, and if it is of the same run."""
         if not path.is_file():
             return
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["run"])
-            if different := [name for name, value in self._facts().items() if facts[name] != value]:
-                raise ValueError(f"{path} is of another run ({', '.join(different)} differ); choose another folder")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["run"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no checkpoint, or a torn one ({error}); delete it to start anew") from error
+        if different := [name for name, value in self._facts().items() if facts.get(name) != value]:
+            raise ValueError(f"{path} is of another run ({', '.join(different)} differ); choose another folder")
         with torch.no_grad():
             for number, weight in enumerate(self.weights):
                 weight.copy_(tensors[f"weights/{number}"])
@@ -142,7 +145,8 @@ class Run:
         self.place = f"the last good checkpoint is {path}, of update {self.done}"
 
     def _facts(self) -> dict:
-        return {"recipe": repr(self.recipe), "pictures": self.pictures.digest, "updates": self.updates}
+        of = {"recipe": repr(self.recipe), "model": self.base, "pictures": self.pictures.digest}
+        return of | {"updates": self.updates}
 
 
 def train(

@@ -41,20 +41,28 @@ def share(rows: int) -> slice:
     return slice(rank * rows // size, (rank + 1) * rows // size)
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context, features: Tensor) -> Tensor:
+        parts = [torch.empty_like(features) for _ in range(world()[1])]
+        distributed.all_gather(parts, features)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, slope: Tensor) -> Tensor:
+        slope = slope.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(slope)
+        return slope[share(len(slope))]
+
+
 def gather(features: Tensor) -> Tensor:
     """The rows of all processes, in order; gradients find their way back."""
-    if world()[1] == 1:
-        return features
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(features.contiguous()))
+    return features if world()[1] == 1 else _Gather.apply(features.contiguous())
 
 
 def synchronised(module: nn.Module) -> nn.Module:
     """The module with gradients averaged over all processes, if there are several."""
-    if world()[1] == 1:
-        return module
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    return module if world()[1] == 1 else nn.parallel.DistributedDataParallel(module)
 
 
 def wait() -> None:

@@ -71,6 +71,8 @@ class Recipe(ABC):
             check_integer(name, getattr(self, name), 1)
         check_integer("attack_steps", self.attack_steps, 0)
         check_integer("seed", self.seed, 0)
+        if self.shots is not None:
+            check_integer("shots", self.shots, 1)
         for name in ("epochs", "clip_norm", "step_size"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1e-9)
@@ -203,6 +205,7 @@ class MMCoA(Recipe):
         super().__post_init__()
         check_range("image_weight", self.image_weight, 0)
         check_range("text_weight", self.text_weight, 0)
+        check_range("image_weight + text_weight", self.image_weight + self.text_weight, 1e-9)
 
     def passes(self) -> tuple[int, int]:
         """Those of the terms that count."""
@@ -235,6 +238,10 @@ class AdvPT(Recipe):
 
     trains: str = "prompt"
     vectors: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("attack_steps", self.attack_steps, 1)
 
     def prepare(self, clip: Clip) -> Clip:
         """Add the context."""
