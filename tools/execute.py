@@ -53,6 +53,10 @@ class Job:
         """The path that people know the notebook by."""
         return self.source.relative_to(ROOT).as_posix()
 
+    def is_summary(self) -> bool:
+        """Whether the page collects what the other pages of its folder found."""
+        return self.source.stem == "summary"
+
     def is_done(self) -> bool:
         """Whether an executed copy of exactly this job exists."""
         return self.target.exists() and record(self.target).get("fingerprint") == self.fingerprint
@@ -135,8 +139,21 @@ def run(job: Job) -> str | None:
     return None
 
 
+def due(jobs: list[Job], force: bool = False) -> list[Job]:
+    """The jobs that have to run: those that changed, and the summary of a part if any page of the part runs."""
+    todo = [job for job in jobs if force or not job.is_done()]
+    parts = {job.source.parent for job in todo}
+    return [job for job in jobs if job in todo or (job.is_summary() and job.source.parent in parts)]
+
+
 def run_all(jobs: list[Job]) -> list[str]:
-    """Run the jobs side by side, the cores shared out among them; return what went wrong."""
+    """Run the jobs, summaries of a part after its pages, which tell them what they found; return what went wrong."""
+    pages, summaries = ([job for job in jobs if job.is_summary() == last] for last in (False, True))
+    return run_together(pages) + run_together(summaries)
+
+
+def run_together(jobs: list[Job]) -> list[str]:
+    """Run jobs side by side, the cores shared out among them; return what went wrong."""
     workers = max(1, min(os.cpu_count() or 1, len(jobs)))
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))  # inherited by the kernels
     failures = []
@@ -195,7 +212,7 @@ def main() -> None:
     with TemporaryDirectory() as empty:
         if arguments.force:
             os.environ["ROBUSTCLIP_RUNS"] = empty  # measured results are made again, too
-        failures = run_all([job for job in jobs if arguments.force or not job.is_done()])
+        failures = run_all(due(jobs, arguments.force))
     if failures:
         sys.exit("\n\n".join(failures) + f"\n\n{len(failures)} of {len(jobs)} notebooks failed")
     lay_out(arguments.out)

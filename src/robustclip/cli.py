@@ -263,7 +263,7 @@ def reproduce(
     execute = importlib.import_module("execute")
     jobs = execute.plan((out or Path("_build") / Path(scale).stem).resolve(), {"scale": scale})
     jobs = [job for job in jobs if fnmatch(job.name, notebook)]
-    failures = execute.run_all([job for job in jobs if force or not job.is_done()])
+    failures = execute.run_all(execute.due(jobs, force))
     with _exit_code(1):
         tables = len(study.export(Path(scale).stem))
         typer.echo(f"{len(jobs) - len(failures)} of {len(jobs)} notebooks done, {tables} tables in results")

@@ -1,7 +1,16 @@
 """The study engine: cells, the grid that makes them, the store that keeps them, and the numbers papers print."""
 
 from robustclip.study.cells import Cell, grid
-from robustclip.study.claims import Claim, Condition, Judgement, Verdict, judge, verdict_table
+from robustclip.study.claims import (
+    Claim,
+    Condition,
+    Judgement,
+    Verdict,
+    judge,
+    keep_verdicts,
+    kept_verdicts,
+    verdict_table,
+)
 from robustclip.study.evaluate import audit_cell, evaluate, export, outcomes
 from robustclip.study.planning import plan
 from robustclip.study.reported import compare, reference, reported, reported_papers
@@ -12,7 +21,8 @@ from robustclip.study.trained import fine_tuned, model_name, plan_training, trai
 
 __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Verdict",
-    "audit_cell", "code_digest", "compare", "evaluate", "export", "fine_tuned", "grid", "judge", "mcnemar",
+    "audit_cell", "code_digest", "compare", "evaluate", "export", "fine_tuned", "grid", "judge", "keep_verdicts",
+    "kept_verdicts", "mcnemar",
     "mean_interval", "model_name", "outcomes", "paired_difference", "parse_eps", "plan", "plan_training", "reference",
     "reported", "reported_papers", "scale", "scale_names", "trained", "training_facts", "verdict_table", "versions",
     "wilson",

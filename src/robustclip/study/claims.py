@@ -6,7 +6,9 @@ from enum import StrEnum
 
 import pandas as pd
 
+from robustclip.checks import check_folder
 from robustclip.study.statistics import Estimate
+from robustclip.study.store import Store, Where
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,26 @@ def verdict_table(judgements: Sequence[Judgement]) -> pd.DataFrame:
     """One row per claim: id, statement, printed numbers, mark, verdict and the measured evidence."""
     rows = [(*astuple(entry.claim), str(entry.verdict), _evidence(entry.conditions)) for entry in judgements]
     return pd.DataFrame(rows, columns=["id", "statement", "printed", "mark", "verdict", "evidence"])
+
+
+def keep_verdicts(table: pd.DataFrame, scale: str, page: str, store: Where = None) -> pd.DataFrame:
+    """Store what a page found, for the summary of its part, and return it; `page` is like "mmcoa/ablation"."""
+    path = Store.of(store).root / scale / "verdicts" / f"{page}.csv"
+    table.to_csv(check_folder(path.parent) / path.name, index=False, lineterminator="\n")
+    return table
+
+
+def kept_verdicts(scale: str, part: str, folder: Where = None) -> pd.DataFrame:
+    """What the pages of a part found: the frame of `verdict_table` with their names in front; empty if none ran.
+
+    `folder` is a store, or "results" for the committed verdicts of a scale.
+    """
+    root = Store.of(folder).root / scale / "verdicts"
+    pages = [
+        pd.read_csv(path, keep_default_na=False).assign(page=path.stem) for path in sorted((root / part).glob("*.csv"))
+    ]
+    names = ["page", "id", "statement", "printed", "mark", "verdict", "evidence"]
+    return pd.concat(pages)[names].reset_index(drop=True) if pages else pd.DataFrame(columns=names)
 
 
 def _evidence(conditions: Sequence[Condition]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from robustclip.study.bench import Bench, device_name
 from robustclip.study.cells import Cell
 from robustclip.study.statistics import wilson
 from robustclip.study.store import Entry, Store, Where, code_digest, commit, versions
+from robustclip.study.trained import FACTS, training_facts
 
 COLUMNS = [
     *("scale", "model", "role", "dataset", "source", "attack", "played_by", "attacker", "defense", "eps", "n", "seed"),
@@ -80,12 +82,23 @@ def outcomes(row: Mapping[str, Any], store: Where = None) -> np.ndarray:
 
 
 def export(scale: str, store: Where = None, folder: str | Path = "results") -> list[Path]:
-    """Write all results of a scale as tidy CSV files with provenance, one per role: `folder/scale/role.csv`."""
+    """Write all results of a scale as tidy CSV files with provenance, one per role: `folder/scale/role.csv`.
+
+    What pages found goes to `verdicts`, what fine-tuning cost to `training.csv` below the folder `models`.
+    """
     rows = pd.DataFrame([_row(entry["cell"], entry) for entry in Store.of(store).records(scale)], columns=COLUMNS)
     written = []
     for name, table in rows.groupby("role"):
         written.append(check_folder(Path(folder) / scale) / f"{name}.csv")
         table.sort_values(COLUMNS[:12], kind="stable").to_csv(written[-1], index=False, lineterminator="\n")
+    for path in sorted((Store.of(store).root / scale / "verdicts").glob("*/*.csv")):
+        written.append(check_folder(Path(folder) / scale / "verdicts" / path.parent.name) / path.name)
+        shutil.copyfile(path, written[-1])
+    facts = sorted((Store.of(store).root / scale / "models").glob(f"*/{FACTS}"))
+    if facts:
+        written.append(check_folder(Path(folder) / scale / "models") / "training.csv")
+        table = training_facts([path.parent for path in facts]).drop(columns=["losses", "versions"])
+        table.sort_values(["role", "model", "seed", "recipe"]).to_csv(written[-1], index=False, lineterminator="\n")
     return written
 
 
