@@ -185,3 +185,21 @@ def test_a_failing_notebook_shows_its_cell_and_traceback(small_book):
     assert "print(1 / n)" in failure
     assert "ZeroDivisionError" in failure
     assert not job.target.exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_summary_of_a_part_runs_after_its_pages_and_whenever_one_of_them_does(small_book, monkeypatch):
+    execute, root, write = small_book
+    write("n: int = 0  # a number", "n")
+    for name in ("a/page", "a/summary", "a/zebra", "b/page", "b/summary"):
+        (root / "book" / name).parent.mkdir(exist_ok=True)
+        (root / "book" / f"{name}.ipynb").write_bytes((root / "book" / "one.ipynb").read_bytes())
+    changed = {"book/a/zebra.ipynb"}
+    monkeypatch.setattr(execute.Job, "is_done", lambda job: job.name not in changed)
+    todo = execute.due(execute.plan(root / "out", {}))
+    assert sorted(job.name for job in todo) == ["book/a/summary.ipynb", "book/a/zebra.ipynb"]
+    order = []
+    monkeypatch.setattr(execute, "run_together", lambda jobs: order.append([job.name for job in jobs]) or [])
+    execute.run_all(todo)
+    assert order == [["book/a/zebra.ipynb"], ["book/a/summary.ipynb"]]
+    assert len(execute.due(execute.plan(root / "out", {}), force=True)) == 6

@@ -2,9 +2,10 @@
 
 import math
 
+import pandas as pd
 import pytest
 
-from robustclip.study import Claim, Condition, Estimate, Verdict, judge, verdict_table
+from robustclip.study import Claim, Condition, Estimate, Verdict, judge, keep_verdicts, kept_verdicts, verdict_table
 
 CLAIM = Claim("MMCOA-C1", "MMCoA beats CLIP", printed="45 to 75 points", mark="paper")
 HOLDS = Condition("gain", Estimate(10, 5, 15), above=0)
@@ -65,3 +66,24 @@ def test_the_table_shows_claim_verdict_and_evidence():
 def test_a_condition_needs_a_bound():
     with pytest.raises(ValueError, match=r"'gain' has no bound; give above"):
         Condition("gain", Estimate(1, 0, 2))
+
+
+def test_verdicts_of_pages_meet_again_in_the_order_of_pages(tmp_path):
+    table = verdict_table([judge(CLAIM, [HOLDS]), judge(Claim("OWN", "no number"), [FAILS])])
+    for page in ("mmcoa/second", "mmcoa/first", "other/page"):
+        pd.testing.assert_frame_equal(keep_verdicts(table, "quick", page, tmp_path), table)
+    found = kept_verdicts("quick", "mmcoa", tmp_path)
+    assert found["page"].tolist() == ["first", "first", "second", "second"]
+    pd.testing.assert_frame_equal(found.drop(columns="page"), pd.concat([table, table], ignore_index=True))
+
+
+def test_a_page_that_runs_again_replaces_its_verdicts(tmp_path):
+    keep_verdicts(verdict_table([judge(CLAIM, [HOLDS])]), "quick", "mmcoa/page", tmp_path)
+    keep_verdicts(verdict_table([judge(CLAIM, [FAILS])]), "quick", "mmcoa/page", tmp_path)
+    assert kept_verdicts("quick", "mmcoa", tmp_path)["verdict"].tolist() == [Verdict.NOT_REPRODUCED]
+
+
+def test_a_part_of_which_nothing_ran_has_no_verdicts(tmp_path):
+    found = kept_verdicts("full", "mmcoa", tmp_path)
+    assert found.empty
+    assert {"page", "id", "verdict"} <= set(found.columns)
