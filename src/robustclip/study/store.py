@@ -22,7 +22,7 @@ from robustclip.checks import check_folder
 
 FORMAT = "robustclip-cell-1"
 # What a measured number depends on.
-CODE = ("component.py", "models.py", "fast.py", "data", "attacks", "defenses", "training")
+CODE = ("component.py", "models.py", "prompts.py", "fast.py", "data", "attacks", "defenses", "training")
 LIBRARIES = ("robustclip", "torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pandas")
 PART = ".part.jsonl"
 
