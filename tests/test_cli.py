@@ -1,12 +1,15 @@
 """The command line: selections, output, exit codes, and what it leaves alone."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from robustclip import models
 from robustclip.audit import CHECKS
 from robustclip.cli import app
 from robustclip.study import Store, grid, plan, scale
@@ -249,3 +252,73 @@ def test_audit_refuses_what_changes_no_images(call):
     assert done.exit_code == 1
     assert "audit an attack on images" in done.output
     assert call("audit", "--attack", "nonsense").exit_code == 2
+
+
+TRAINING = '[training]\npictures = 120\nupdates = 1\nbatch_size = 8\nattack_steps = 0\noptimizer = "sgd"\nrate = 1e-3\n'
+
+
+def test_train_keeps_models_that_run_takes(call, tmp_path):
+    (tmp_path / "small.toml").write_text(SMALL + TRAINING)
+    arguments = ("train", "--scale", "small.toml", "--recipe", "FT-standard", "--recipe", "TeCoA", "--shots", "3")
+    first, second = (json.loads(call(*arguments, "--json").stdout) for _ in range(2))
+    assert list(first) == ["FT-standard/cifar10-3", "TeCoA/cifar10-3"]
+    assert first == second
+    shown = call(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.splitlines() == [f"{name}  {folder}" for name, folder in first.items()]
+    model = first["TeCoA/cifar10-3"]
+    done = call("run", "--scale", "small.toml", "--role", "cifar10", "--attack", "clean", "--model", model, "--json")
+    assert json.loads(done.stdout)[0]["model"] == model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--recipe", "TeCoa"], 2, "unknown recipe 'TeCoa'; choose one of: FT-standard"),
+        (["--recipe", "TeCoA", "--scale", "huge"], 2, "unknown scale 'huge'"),
+        (["--recipe", "TeCoA", "--seed", "-1"], 2, "seed=-1"),
+        (["--recipe", "TeCoA", "--shots", "0"], 2, "--shots"),
+        (["--recipe", "TeCoA", "--role", "cifar11"], 1, "unknown role 'cifar11'"),
+        (["--recipe", "TeCoA", "--shots", "13"], 1, "the smallest class has 12 pictures"),
+        ([], 2, "--recipe"),
+    ],
+)
+def test_wrong_training_is_one_line(call, tmp_path, arguments, code, message):
+    (tmp_path / "small.toml").write_text(SMALL + TRAINING)
+    done = call("train", *(["--scale", "small.toml"] if "--scale" not in arguments else []), *arguments)
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert done.stdout == ""
+
+
+def test_torchrun_trains_the_model_of_one_process(call, tmp_path):
+    """As the help says; with one step of plain descent and no step of the attack only the order of sums differs."""
+    (tmp_path / "small.toml").write_text(SMALL + TRAINING)
+    options = ["--scale", "small.toml", "--recipe", "TeCoA", "--recipe", "MMCoA", "--json", "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    both = subprocess.run([*torchrun, "robustclip", "train", *options, "--store", "both"], capture_output=True,
+                          text=True, cwd=tmp_path, timeout=300, env={
+                              **os.environ, "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)})  # fmt: skip
+    assert both.returncode == 0, both.stderr
+    alone = json.loads(call("train", *options, "--store", "alone").stdout)
+    start = models.load(device="cpu").network.state_dict()
+    for name, folder in json.loads(both.stdout).items():
+        ours, theirs = (models.load(tmp_path / one, device="cpu").network.state_dict() for one in (alone[name], folder))
+        moved = sum((ours[key] - start[key]).float().norm() ** 2 for key in ours) ** 0.5
+        apart = sum((ours[key] - theirs[key]).float().norm() ** 2 for key in ours) ** 0.5
+        assert 0 < apart + 1e-12 < 1e-3 * moved
+
+
+def test_plan_of_fine_tuning(call, tmp_path):
+    done = call("plan", "--scale", "paper", "--recipe", "TeCoA", "--recipe", "MMCoA", "--role", "cifar10", "--json")
+    rows = json.loads(done.stdout)
+    assert [(row["recipe"], row["forward"], row["updates"]) for row in rows] == [
+        ("TeCoA", 150_000, 1954), ("MMCoA", 600_000, 5860)]  # fmt: skip
+    shown = call("plan", "--scale", "paper", "--recipe", "TeCoA")
+    assert "150000" in shown.stdout
+    assert not (tmp_path / "runs").exists()
+    unknown = call("plan", "--scale", "small.toml", "--recipe", "TeCoA")
+    assert unknown.exit_code == 2
+    assert "does not say how many pictures cifar10 has" in unknown.stderr
+    assert call("plan", "--recipe", "nonsense").exit_code == 2

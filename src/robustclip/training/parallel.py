@@ -1,4 +1,4 @@
-"""Several processes that train one model: `torchrun --nproc-per-node 2 -m robustclip train ...`.
+"""Several processes that train one model: `torchrun --nproc-per-node 2 --no-python robustclip train ...`.
 
 Every process sees its own slice of each global batch and all of its features, so a loss is written as if there were
 one process only.

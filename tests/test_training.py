@@ -1,0 +1,684 @@
+"""Adversarial fine-tuning: losses as released, exact resumption, one model from several processes, orders, settings."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from robustclip import models
+from robustclip.attacks import PGD, BertAttack
+from robustclip.data.roles import role, tinyworld_samples
+from robustclip.training import (
+    VP,
+    AdvPT,
+    Batch,
+    Diverged,
+    MMCoA,
+    Order,
+    Pictures,
+    Standard,
+    TeCoA,
+    contrast,
+    interpolate,
+    named_recipe,
+    parallel,
+)  # fmt: skip
+from robustclip.training.batch import Stopwatch, Texts, inner_maximum
+from robustclip.training.loop import CHECKPOINT, Run, train
+from robustclip.training.recipes import RECIPES, SCHEDULES
+
+EPS = 8 / 255
+SMALL = {"eps": EPS, "updates": 2, "batch_size": 8, "attack_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return models.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return Pictures.of("cifar10", n=300)
+
+
+def vector(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def batch_of(clip, images, labels, prompts, recipe=None, noise=None, eps=EPS):
+    noise = torch.zeros_like(images) if noise is None else noise
+    return Batch(recipe or MMCoA(**SMALL), Texts(clip), images, labels, prompts, noise, eps, Stopwatch())
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def both_directions(logits):
+    """The loss as released: one row per picture and per text, the row number is the target."""
+    rows = torch.arange(len(logits))
+    return F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)
+
+
+@pytest.mark.parametrize("labels", [[4], [3, 3, 3], [0, 1, 2, 3], [5, 1, 5, 5, 0, 1, 9, 9, 5, 2, 2, 0]])
+def test_contrast_is_the_loss_with_one_row_per_picture(clip, labels):
+    labels, random = torch.tensor(labels), torch.Generator().manual_seed(len(labels))
+    batch = batch_of(clip, torch.zeros(len(labels), 3, 32, 32), labels, role("cifar10").prompts)
+    images, texts = (F.normalize(torch.randn(n, 16, generator=random).double()) for n in (len(labels), 10))
+    images, texts = images.requires_grad_(), texts[batch.present].requires_grad_()
+    ours = contrast(batch, images, texts)
+    places = [sorted(set(labels.tolist())).index(label) for label in labels.tolist()]
+    naive = both_directions(clip.logit_scale.double() * images @ texts[places].T)
+    torch.testing.assert_close(ours, naive, rtol=1e-6, atol=1e-9)
+    for own, other in zip(torch.autograd.grad(ours, (images, texts)), torch.autograd.grad(naive, (images, texts)),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
+
+
+def naive_mmcoa(run, batch, attack):
+    """MMCoA's loss row by row: every picture brings its own prompt and its own attacked prompt."""
+    clip, prompts = run.clip, [batch.prompts[label] for label in batch.labels.tolist()]
+    attacked = [attack(clip, [prompt])[0] for prompt in prompts]
+
+    def logits(images, texts):
+        return clip.logit_scale * clip.encode_images(images) @ clip.encode_texts(texts).T
+
+    image_term = both_directions(logits(batch.attacked_images, prompts))
+    return 0.5 * image_term + 0.5 * both_directions(logits(batch.images, attacked)), attacked
+
+
+def test_one_text_attack_per_class_is_one_per_picture(clip, pictures):
+    run = Run(MMCoA(**(SMALL | {"batch_size": 16})), clip, pictures)
+    batch = run.batch()
+    assert max(Counter(batch.labels.tolist()).values()) > 1, "no class twice: nothing to compare"
+    loss = run.recipe.loss(batch)
+    naive, attacked = naive_mmcoa(run, batch, BertAttack(offset="shifted", end_token=False))
+    assert [batch.attacked_prompts[place] for place in batch.places.tolist()] == attacked
+    assert attacked != [batch.prompts[label] for label in batch.labels.tolist()]
+    torch.testing.assert_close(loss, naive, rtol=1e-5, atol=1e-5)
+    own, other = (vector(torch.autograd.grad(value, run.weights)) for value in (loss, naive))
+    assert (own - other).norm() <= 1e-4 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (TeCoA(**SMALL), lambda run, b: class_loss(run.clip, b, b.attacked_images)),
+        (Standard(**SMALL), lambda run, b: class_loss(run.clip, b, b.images)),
+        (MMCoA(**SMALL, image_weight=0), lambda run, b: 0.5 * text_term(run.clip, b)),
+    ],
+    ids=["TeCoA", "FT-standard", "text-term"],
+)
+def test_losses_are_their_formulas(clip, pictures, recipe, expected):
+    run = Run(recipe, clip, pictures)
+    batch = run.batch()
+    torch.testing.assert_close(recipe.loss(batch), expected(run, batch), rtol=1e-5, atol=1e-5)
+
+
+def class_loss(clip, batch, images):
+    return F.cross_entropy(clip.logit_scale * clip.encode_images(images) @ clip.encode_texts(batch.prompts).T,
+                           batch.labels)  # fmt: skip
+
+
+def text_term(clip, batch):
+    texts = [batch.attacked_prompts[place] for place in batch.places.tolist()]
+    return both_directions(clip.logit_scale * clip.encode_images(batch.images) @ clip.encode_texts(texts).T)
+
+
+# --- the inner maximum ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def attacked(clip):
+    images, labels, _, _ = tinyworld_samples("cifar10", "test", 24)
+    images = images.float() / 255
+    images[0, :, :16], images[0, :, 16:] = 0, 1  # at both ends of the pixel range
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    recipe = TeCoA(eps=EPS, attack_steps=3)
+    return batch_of(clip, images, labels, role("cifar10").prompts, recipe, noise), inner_maximum
+
+
+def test_the_inner_maximum_raises_the_loss_within_the_budget(clip, attacked):
+    batch, attack = attacked
+    found = attack(batch)
+    assert (found - batch.images).abs().max() <= EPS + 1e-6
+    assert (found - batch.images).abs().max() > 0.99 * EPS
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert not found.requires_grad
+    start = (batch.images + EPS * batch.noise).clamp(0, 1)
+    losses = [class_loss(clip, batch, images).item() for images in (batch.images, start, found)]
+    assert losses[2] > losses[0] + 1
+    assert losses[2] > losses[1] + 1
+
+
+def test_the_inner_maximum_is_sign_ascent_on_the_plain_model(clip, attacked):
+    """On the float32 twin rounding flips hardly a sign of the first step, and the later ones climb as high."""
+    batch, attack = attacked
+    points = start = (batch.images + EPS * batch.noise).clamp(0, 1)
+    for step in range(3):
+        points.requires_grad_()
+        (slope,) = torch.autograd.grad(class_loss(clip, batch, points), points)
+        moved = points.detach() + 2 * EPS / 3 * slope.sign()
+        points = torch.max(torch.min(moved, batch.images + EPS), batch.images - EPS).clamp(0, 1)
+        if not step:
+            once = TeCoA(eps=EPS, attack_steps=1, step_size=2 * EPS / 3)
+            ours = attack(batch_of(clip, batch.images, batch.labels, batch.prompts, once, batch.noise))
+            assert ((ours - points).abs() > 1e-5).float().mean() < 5e-4
+            assert (ours - start).abs().max() > 0.01
+    ours, plain = (class_loss(clip, batch, images).item() for images in (attack(batch), points))
+    assert ours == pytest.approx(plain, rel=0.02)
+
+
+def test_the_attack_of_low_precision_is_about_as_strong(clip, attacked):
+    batch, attack = attacked
+    low = batch_of(clip, batch.images, batch.labels, batch.prompts,
+                   TeCoA(eps=EPS, attack_steps=3, precision="bfloat16"), batch.noise)  # fmt: skip
+    strong, weak = (class_loss(clip, batch, images).item() for images in (attack(batch), attack(low)))
+    assert weak > 0.9 * strong
+
+
+# --- one update, by hand ----------------------------------------------------------------------------------------------
+
+
+def one_update(recipe, clip, pictures):
+    """Weights before and after the first update, the batch, and the gradient that the loss alone has."""
+    run = Run(recipe, clip, pictures)
+    batch = run.batch()
+    gradient = torch.autograd.grad(class_loss(run.clip, batch, batch.attacked_images), run.weights)
+    before = vector(run.weights)
+    for weight in run.weights:
+        weight.grad = None
+    run.update()
+    return before, vector(run.weights), batch, vector(gradient), run
+
+
+@pytest.mark.parametrize("trains", ["image", "both"])
+def test_no_weight_gradient_comes_from_the_attack(clip, pictures, trains):
+    """The step of plain gradient descent is the gradient of the loss, in both towers where both learn."""
+    recipe = TeCoA(**SMALL, trains=trains, optimizer="sgd", rate=1.0, schedule="constant", weight_decay=0.0)
+    before, after, _, gradient, run = one_update(recipe, clip, pictures)
+    assert (before - after - gradient).norm() <= 1e-4 * gradient.norm()
+    texts = [weight.grad.norm() for name, weight in run.clip.network.named_parameters()
+             if weight.requires_grad and not name.startswith("visual.")]  # fmt: skip
+    assert bool(texts) == (trains == "both")
+    assert all(norm > 0 for norm in texts if norm.numel())
+
+
+def test_the_leak_adds_the_gradients_of_the_steps(clip, pictures):
+    """With it the step is the gradient of loss + sum_k CE(x + delta_k) over the points where the attack looked."""
+    settings = SMALL | {"attack_steps": 2, "optimizer": "sgd", "rate": 1.0, "schedule": "constant", "weight_decay": 0.0}
+    run = Run(TeCoA(**settings, leak=True), clip, pictures)
+    batch, before = run.batch(), vector(run.weights)
+    points, total = (batch.images + batch.eps * batch.noise).clamp(0, 1), 0
+    for _ in range(2):
+        points.requires_grad_()
+        loss = class_loss(run.clip, batch, points)
+        *slopes, slope = torch.autograd.grad(loss, [*run.weights, points])
+        total = total + vector(slopes)
+        moved = points.detach() + batch.eps * slope.sign()
+        points = torch.max(torch.min(moved, batch.images + batch.eps), batch.images - batch.eps).clamp(0, 1)
+    total = total + vector(torch.autograd.grad(class_loss(run.clip, batch, points), run.weights))
+    run.update()
+    assert (before - vector(run.weights) - total).norm() <= 1e-3 * total.norm()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_weight_decay_is_decoupled_or_inside_the_gradient(clip, pictures, optimizer):
+    rate, decay = 0.01, 0.5
+    recipe = TeCoA(**SMALL, optimizer=optimizer, rate=rate, weight_decay=decay, schedule="constant")
+    before, after, _, gradient, _ = one_update(recipe, clip, pictures)
+    inside = gradient + decay * before
+    expected = {
+        "adamw": (1 - rate * decay) * before - rate * gradient / (gradient.abs() + 1e-6),
+        "adam": before - rate * inside / (inside.abs() + 1e-6),
+        "sgd": before - rate * inside,
+    }[optimizer]
+    clear = gradient.abs().minimum(inside.abs()) > 1e-3  # of smaller ones Adam keeps a sign that is rounding
+    assert clear.float().mean() > 0.3
+    torch.testing.assert_close(after[clear], expected[clear], rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_is_clipped(clip, pictures):
+    recipe = TeCoA(**SMALL, optimizer="sgd", rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=0.25)
+    before, after, _, gradient, _ = one_update(recipe, clip, pictures)
+    assert gradient.norm() > 1
+    torch.testing.assert_close(before - after, 0.25 * gradient / gradient.norm(), rtol=1e-2, atol=1e-6)
+
+
+# --- what learns ------------------------------------------------------------------------------------------------------
+
+
+def changed(clip, tuned):
+    before, after = clip.network.state_dict(), tuned.network.state_dict()
+    return {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "text", "prompt"),
+    [
+        ("FT-standard", True, True, set()), ("FT-contrastive", True, True, set()), ("TeCoA", True, False, set()),
+        ("TeCoA-both", True, True, set()), ("MMCoA", True, True, set()), ("MMCoA-partial", True, False, set()),
+        ("AdvPT", False, False, {"token_embedding.context"}), ("VP", False, False, {"visual.frame"}),
+    ],
+)  # fmt: skip
+def test_which_weights_move(clip, pictures, name, image, text, prompt):
+    start = clip.digest
+    tuned = named_recipe(name, **(SMALL | {"updates": 1}))(clip, pictures)
+    moved = changed(clip, tuned) - {"visual.frame_mask"}
+    learned = {"token_embedding.context", "visual.frame"}
+    assert moved & learned == prompt
+    assert any(name.startswith("visual.") for name in moved - learned) == image
+    assert any(not name.startswith("visual.") for name in moved - learned) == text
+    assert "logit_scale" not in moved
+    assert not any("running" in name for name in moved)
+    assert clip.digest == start
+    assert not any(module.training for module in tuned.modules())
+    assert not any(weight.requires_grad for weight in tuned.parameters())
+
+
+def test_all_named_recipes_paste_back():
+    from robustclip import training
+
+    for name in RECIPES:
+        recipe = named_recipe(name, eps=EPS)
+        assert eval(repr(recipe), vars(training) | {"BertAttack": BertAttack}) == recipe
+    assert len({repr(named_recipe(name, eps=EPS)) for name in RECIPES}) == len(RECIPES)
+
+
+@pytest.mark.parametrize("rule", ["frozen", "clamped", "free"])
+def test_logit_scale(clip, pictures, rule):
+    """From just below ln 100 a large step leads above it, where only "free" may stay."""
+    hot = models.load(device="cpu")
+    hot.network.logit_scale.data.fill_(math.log(100) - 1e-3)
+    recipe = Standard(**(SMALL | {"updates": 1}), logit_scale=rule, rate=0.1, schedule="constant")
+    scale = recipe(hot, pictures).network.logit_scale.item()
+    free = Standard(**(SMALL | {"updates": 1}), logit_scale="free", rate=0.1, schedule="constant")
+    moved = free(hot, pictures).network.logit_scale.item()
+    assert moved != pytest.approx(math.log(100) - 1e-3, abs=0.05)
+    expected = {"frozen": math.log(100) - 1e-3, "clamped": min(moved, math.log(100)), "free": moved}[rule]
+    assert scale == pytest.approx(expected, abs=1e-6)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_and_falls_once():
+    recipe = TeCoA(eps=EPS, rate=0.5)
+    rates = [recipe.rate_at(update, 1000) for update in range(1000)]
+    assert rates[0] == pytest.approx(0.5 / 25)
+    assert rates[100] == pytest.approx(0.5 * (1 + 1 / 25) / 2)  # half way up
+    assert max(rates) == rates[200] == pytest.approx(0.5)
+    assert rates[600] == pytest.approx(0.5 * (1 + 1e-4) / 2)
+    assert SCHEDULES["one-cycle"](1.0) == pytest.approx(1e-4)
+    assert rates[:201] == sorted(rates[:201])
+    assert rates[200:] == sorted(rates[200:], reverse=True)
+    assert {TeCoA(eps=EPS, schedule="constant").rate_at(update, 9) for update in range(9)} == {2e-3}
+
+
+def test_the_budget_grows_and_the_optimizer_gets_the_rate(clip, pictures):
+    recipe = TeCoA(eps=0.1, warm_up=0.5)
+    assert [recipe.eps_at(update, 8) for update in range(8)] == pytest.approx([0.025, 0.05, 0.075] + 5 * [0.1])
+    assert TeCoA(eps=0.1, warm_up=0.0).eps_at(0, 8) == 0.1
+    run = Run(Standard(**SMALL, rate=0.01), clip, pictures)
+    run.update()
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 25)
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(None, 600), (1, 4), (0.5, 2), (1000, 600)])
+def test_epochs_limit_the_updates(epochs, expected):
+    assert TeCoA(eps=EPS, epochs=epochs, batch_size=80).updates_on(300) == expected
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+LABELS = torch.tensor([0] * 7 + [1] * 5 + [2] * 6)[torch.randperm(18, generator=torch.Generator().manual_seed(0))]
+
+
+def epochs_of(order, epochs):
+    rows = torch.cat([order.rows(update) for update in range(-(-epochs * len(order) // order.batch_size))])
+    return [rows[at * len(order) : (at + 1) * len(order)].tolist() for at in range(epochs)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9, 40])
+def test_the_fixed_subset_comes_once_an_epoch(batch_size):
+    order = Order(LABELS, batch_size, 4, "fixed", 3)
+    first, second, third = epochs_of(order, 3)
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert len(set(first)) == 12
+    assert Counter(LABELS[first].tolist()) == {0: 4, 1: 4, 2: 4}
+    assert first != second
+    assert sorted(epochs_of(Order(LABELS, batch_size, None, "fixed", 3), 1)[0]) == list(range(18))
+
+
+def test_the_released_sampler_goes_through_the_lists():
+    order = Order(LABELS, 5, 2, "released", 3)
+    epochs = epochs_of(order, 8)
+    assert all(LABELS[epoch].tolist() == [0, 0, 1, 1, 2, 2] for epoch in epochs)
+    for label, size in enumerate((7, 5, 6)):
+        seen = [row for epoch in epochs for row in epoch if LABELS[row] == label]
+        assert len(set(seen[:size])) == size, "a picture came again before the list was used up"
+        assert seen[size:] == (seen[:size] * 4)[: len(seen) - size]
+
+
+@pytest.mark.parametrize("sampler", ["fixed", "released"])
+def test_batches_depend_on_seed_and_number_only(sampler):
+    forward = [Order(LABELS, 4, 3, sampler, 1).rows(update).tolist() for update in range(6)]
+    order = Order(LABELS, 4, 3, sampler, 1)
+    assert [order.rows(update).tolist() for update in reversed(range(6))] == forward[::-1]
+    assert [Order(LABELS, 4, 3, sampler, 2).rows(update).tolist() for update in range(6)] != forward
+
+
+def test_too_many_shots_name_the_smallest_class():
+    with pytest.raises(ValueError, match=r"smallest class has 5 pictures\)=6 .* between 1 and 5"):
+        Order(LABELS, 4, 6, "fixed", 0)
+
+
+def test_pictures_are_those_of_the_role(pictures):
+    images, labels, _, _ = tinyworld_samples("cifar10", "train", 300)
+    rows = torch.tensor([7, 0, 250])
+    torch.testing.assert_close(pictures.fetch(rows), images[rows].float() / 255, rtol=0, atol=1e-7)
+    assert pictures.labels.tolist() == labels.tolist()
+    assert pictures.prompts == tuple(role("cifar10").prompts)
+    assert pictures.digest != Pictures.of("cifar10", n=200).digest
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+LONGER = SMALL | {"updates": 4}
+CASES = {
+    "MMCoA": MMCoA(**LONGER, clip_norm=1.0, logit_scale="clamped"),
+    "L2": TeCoA(**LONGER, trains="both", optimizer="adam", weight_decay=0.2),
+    "leak-sgd": TeCoA(**LONGER, leak=True, optimizer="sgd", rate=1e-3, logit_scale="free"),
+    "released": Standard(**LONGER, sampler="released", shots=3, contrastive=True),
+    "AdvPT": AdvPT(**LONGER, rate=0.1),
+    "VP": VP(**LONGER, rate=0.1),
+}
+KILLED = """
+import os, sys, pathlib, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import test_training as tests
+from robustclip.training import loop, recipes
+
+at_update, after_bytes, save = recipes.Recipe.rate_at, 5000, loop.save_file
+
+def rate_at(recipe, update, updates):
+    if update == 3:
+        os.kill(os.getpid(), 9)  # the gradient is there, the step is not: between two checkpoints
+    return at_update(recipe, update, updates)
+
+def torn(tensors, path, about):
+    save(tensors, path, about)
+    if os.path.exists(path.parent / loop.CHECKPOINT):
+        os.truncate(path, after_bytes)
+        os.kill(os.getpid(), 9)  # in the middle of writing the second checkpoint
+
+clip, pictures = tests.models.load(device="cpu"), tests.Pictures.of("cifar10", n=300)
+for name, recipe in tests.CASES.items():
+    child = os.fork()
+    if not child:
+        if name == "VP":
+            loop.save_file = torn
+        else:
+            recipes.Recipe.rate_at = rate_at
+        loop.train(recipe, clip, pictures, pathlib.Path(sys.argv[2]) / name, every=1 if name == "VP" else 2)
+    assert os.waitpid(child, 0)[1] == 9, name
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, root):
+    """Folders of runs that were killed without a warning."""
+    folder = tmp_path_factory.mktemp("killed")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(root / "tests"), str(folder)], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def done_in(folder):
+    with safe_open(folder / CHECKPOINT, "pt") as file:
+        return json.loads(file.metadata()["run"])["done"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_run_goes_on_bit_for_bit(clip, pictures, killed, name):
+    assert done_in(killed / name) == (1 if name == "VP" else 2)
+    random = torch.get_rng_state()
+    undisturbed, straight = train(CASES[name], clip, pictures)
+    tuned, run = train(CASES[name], clip, pictures, killed / name, every=3)
+    assert run.losses == straight.losses
+    assert len(run.losses) == 4
+    assert not changed(undisturbed, tuned)
+    assert tuned.digest == undisturbed.digest != clip.digest
+    assert done_in(killed / name) == 4
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.fixture(scope="module")
+def finished(clip, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    Standard(**SMALL)(clip, pictures, folder)
+    return folder
+
+
+def test_a_checkpoint_of_another_run_is_an_error_that_says_what_differs(clip, pictures, finished):
+    for recipe, model, other, what in (
+        (Standard(**SMALL, rate=1.0), clip, pictures, "recipe"),
+        (Standard(**SMALL), clip, Pictures.of("cifar10", n=200), "pictures"),
+        (Standard(**SMALL), interpolate(clip, clip, 0.5).half().float(), pictures, "model"),
+    ):
+        with pytest.raises(ValueError, match=rf"another run \({what} differ\); choose another folder"):
+            recipe(model, other, finished)
+    assert done_in(finished) == 2
+
+
+@pytest.mark.parametrize("left", [0, 100, -1])
+def test_a_torn_checkpoint_is_an_error(clip, pictures, finished, tmp_path, left):
+    whole = (finished / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(whole[:left])
+    with pytest.raises(ValueError, match=f"{CHECKPOINT} is no checkpoint, or a torn one"):
+        Standard(**SMALL)(clip, pictures, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_and_the_checkpoint_stays(clip, pictures, tmp_path):
+    recipe = Standard(**(SMALL | {"updates": 3}))
+    poisoned = Pictures(pictures.labels, pictures.prompts, pictures.digest,
+                        lambda rows: pictures.fetch(rows) / (rows != int(bad))[:, None, None, None])  # fmt: skip
+    rows = Order(pictures.labels, 8, None, "fixed", 0).rows(2)
+    bad = rows[5]
+    with pytest.raises(Diverged) as caught:
+        train(recipe, clip, poisoned, tmp_path, every=1)
+    for part in ("update 2 of 3", str(rows.tolist()), str(tmp_path / CHECKPOINT), "of update 2", "clip_norm"):
+        assert part in str(caught.value)
+    tuned, run = train(recipe, clip, pictures, tmp_path)
+    assert len(run.losses) == 3
+    assert tuned.digest == recipe(clip, pictures).digest
+
+
+def test_models_on_the_way(clip, pictures, tmp_path):
+    tuned, _ = train(Standard(**(SMALL | {"updates": 4})), clip, pictures, tmp_path, stages=2)
+    half = models.load(tmp_path / "stage-1", device="cpu")
+    assert len({clip.digest, half.digest, tuned.digest}) == 3
+    assert not (tmp_path / "stage-2").exists()
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_must_split_evenly(monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: (1, 3))
+    assert parallel.share(12) == slice(4, 8)
+    with pytest.raises(ValueError, match=r"batch_size=8 cannot be shared evenly by 3 processes; choose a multiple"):
+        parallel.share(8)
+
+
+SHARED = {"eps": EPS, "updates": 2, "batch_size": 8, "optimizer": "sgd", "rate": 1e-3, "schedule": "constant"}
+# Without steps of the attack only the order of sums differs. A step takes signs of slopes: rounding flips about one
+# pixel in 10^5, worth 0.3 % of the gradient here, and the second update doubles that and more.
+TOGETHER = {
+    "MMCoA-noise": (MMCoA(**SHARED, attack_steps=0, logit_scale="free"), 1e-4),
+    "TeCoA": (TeCoA(**(SHARED | {"updates": 1}), attack_steps=2), 0.05),
+    "leak": (MMCoA(**(SHARED | {"updates": 1}), attack_steps=2, leak=True), 0.05),
+    "released": (Standard(**SHARED, contrastive=True, sampler="released", shots=3), 1e-4),
+}
+WORKER = """
+import os, sys, warnings
+warnings.simplefilter("error")
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import test_training as tests
+from robustclip.training.parallel import joined, world
+
+clip, pictures = tests.models.load(device="cpu"), tests.Pictures.of("cifar10", n=300)
+child = os.fork()
+os.environ |= {"WORLD_SIZE": "2", "RANK": str(int(not child)), "LOCAL_RANK": str(int(not child)),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
+with joined():
+    assert world() == (int(not child), 2)
+    for name, (recipe, _) in tests.TOGETHER.items():
+        tuned, run = tests.train(recipe, clip, pictures)
+        torch.save({"weights": tuned.network.state_dict(), "losses": run.losses}, f"{sys.argv[2]}/{name}-{world()[0]}")
+assert world() == (0, 1)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, root):
+    """What two processes made of the recipes."""
+    import socket
+
+    folder = tmp_path_factory.mktemp("together")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = subprocess.run([sys.executable, "-c", WORKER, str(root / "tests"), str(folder), port], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_train_the_same_model(clip, pictures, together, name):
+    recipe, tolerance = TOGETHER[name]
+    tuned, run = train(recipe, clip, pictures)
+    first, second = (torch.load(together / f"{name}-{rank}") for rank in (0, 1))
+    assert first["losses"] == pytest.approx(run.losses, rel=max(1e-5, tolerance / 10))
+    weights, start = tuned.network.state_dict(), Run(recipe, clip, pictures).clip.network.state_dict()
+    assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in weights)
+    moved, other = (vector(state[key] - start[key] for key in start) for state in (weights, first["weights"]))
+    assert moved.norm() > 0
+    assert (moved - other).norm() <= tolerance * moved.norm()
+
+
+# --- what training brings ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(clip):
+    return train(TeCoA(eps=EPS, updates=60, batch_size=48, attack_steps=1), clip,
+                 Pictures.of("cifar10", n=1280))  # fmt: skip
+
+
+def robust_hits(clip):
+    images, labels, _, _ = tinyworld_samples("cifar10", "test", 100)
+    images, classifier = images.float() / 255, models.zero_shot(clip, role("cifar10"))
+    with torch.no_grad():
+        return (classifier(PGD(eps=EPS, steps=5)(classifier, images, labels)).argmax(1) == labels).sum().item()
+
+
+def test_a_few_updates_already_help_under_attack(clip, tuned):
+    losses = tuned[1].losses
+    assert sum(losses[-10:]) < sum(losses[15:25])
+    assert robust_hits(tuned[0]) >= robust_hits(clip) + 10
+
+
+def test_the_text_tower_stays_as_it_was(clip, tuned):
+    prompts = role("cifar10").prompts
+    assert torch.equal(tuned[0].encode_texts(prompts), clip.encode_texts(prompts))
+    assert clip.digest == models.load(device="cpu").digest != tuned[0].digest
+
+
+def test_logits_do_not_depend_on_neighbors(tuned):
+    images = tinyworld_samples("cifar10", "test", 8)[0].float() / 255
+    classifier = models.zero_shot(tuned[0], role("cifar10"))
+    with torch.no_grad():
+        together, alone = classifier(images), torch.cat([classifier(images[i : i + 1]) for i in range(8)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-3)
+
+
+def test_same_seed_same_weights(clip, pictures):
+    first, second, other = (MMCoA(**SMALL, seed=seed)(clip, pictures).digest for seed in (3, 3, 4))
+    assert first == second != other
+
+
+# --- interpolation ----------------------------------------------------------------------------------------------------
+
+
+def test_interpolation_is_linear_between_its_ends(clip, tuned):
+    second = tuned[0]
+    assert interpolate(clip, second, 0).digest == clip.digest
+    assert interpolate(clip, second, 1).digest == second.digest
+    start, end, part = (vector(one.network.parameters()) for one in (clip, second, interpolate(clip, second, 0.3)))
+    torch.testing.assert_close(part, start + 0.3 * (end - start))
+    with pytest.raises(ValueError, match=r"weight=1.5 .* between 0 and 1"):
+        interpolate(clip, second, 1.5)
+
+
+def test_interpolation_needs_one_architecture(clip, pictures):
+    framed = VP(**(SMALL | {"updates": 1}))(clip, pictures)
+    with pytest.raises(ValueError, match=r"differ in 'visual.frame'; give one architecture"):
+        interpolate(clip, framed, 0.5)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (TeCoA, {"eps": -0.1}, "eps=-0.1 .* between 0 and 1"),
+        (TeCoA, {"eps": 2}, "eps=2 .* between 0 and 1"),
+        (TeCoA, {"eps": math.nan}, "eps=nan"),
+        (TeCoA, {"updates": 0}, "updates=0 .* at least 1"),
+        (TeCoA, {"batch_size": 2.5}, "batch_size=2.5 .* whole number"),
+        (TeCoA, {"attack_steps": -1}, "attack_steps=-1 .* at least 0"),
+        (AdvPT, {"attack_steps": 0}, "attack_steps=0 .* at least 1"),
+        (TeCoA, {"shots": 0}, "shots=0 .* at least 1"),
+        (TeCoA, {"epochs": 0}, "epochs=0"),
+        (TeCoA, {"step_size": -1}, "step_size=-1"),
+        (TeCoA, {"clip_norm": 0}, "clip_norm=0"),
+        (TeCoA, {"warm_up": 1.5}, "warm_up=1.5 .* between 0 and 1"),
+        (TeCoA, {"rate": -1}, "rate=-1"),
+        (TeCoA, {"weight_decay": math.inf}, "weight_decay=inf"),
+        (TeCoA, {"seed": -1}, "seed=-1"),
+        (TeCoA, {"sampler": "none"}, "unknown sampler 'none'; choose one of: fixed, released"),
+        (TeCoA, {"precision": "int8"}, "unknown precision 'int8'"),
+        (TeCoA, {"optimizer": "lion"}, "unknown optimizer 'lion'; choose one of: adamw, adam, sgd"),
+        (TeCoA, {"schedule": "linear"}, "unknown schedule 'linear'"),
+        (TeCoA, {"trains": "all"}, "unknown trains 'all'; choose one of: image, text, both, prompt"),
+        (TeCoA, {"logit_scale": "fixed"}, "unknown logit_scale 'fixed'; choose one of: frozen, clamped, free"),
+        (MMCoA, {"image_weight": -1}, "image_weight=-1"),
+        (MMCoA, {"image_weight": 0, "text_weight": 0}, r"image_weight \+ text_weight=0"),
+    ],
+)
+def test_wrong_settings_are_named(kind, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**({"eps": EPS} | wrong))
+
+
+def test_a_recipe_that_trains_nothing_or_is_unknown_is_an_error(clip, pictures):
+    with pytest.raises(ValueError, match=r"trains no weight of 'tinyworld-clip'"):
+        TeCoA(**SMALL, trains="prompt")(clip, pictures)
+    with pytest.raises(ValueError, match=r"unknown recipe 'TeCoa'; choose one of: FT-standard"):
+        named_recipe("TeCoa", eps=EPS)
