@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ PAGES = [
     path for path in (ROOT / "book").rglob("*") if path.suffix in {".md", ".ipynb"} and "/." not in path.as_posix()
 ]
 NOTEBOOKS = sorted(path.relative_to(ROOT).as_posix() for path in PAGES if path.suffix == ".ipynb")
-SMALL = ("-p", "n", "40")  # images per measured number, in the notebooks that have this parameter
+SMALL = ("-p", "n", "24", "-p", "scale", "tests/data/quick.toml")  # for the notebooks that have these parameters
 
 
 def tool(name: str):
@@ -31,8 +32,11 @@ def tool(name: str):
     return module
 
 
-def call(*command: object) -> None:
-    result = subprocess.run([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def call(*command: object, **variables: object) -> None:
+    own = os.environ | {name: str(value) for name, value in variables.items()}
+    result = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert result.returncode == 0, result.stdout[-20_000:]
 
 
@@ -40,7 +44,7 @@ def call(*command: object) -> None:
 def executed() -> Path:
     """The executed book, at small size."""
     out = ROOT / "_build" / "test" / "executed"
-    call(sys.executable, "tools/execute.py", "--out", out, *SMALL)
+    call(sys.executable, "tools/execute.py", "--out", out, *SMALL, ROBUSTCLIP_RUNS=out.with_name("runs"))
     return out
 
 
