@@ -297,9 +297,9 @@ def test_torchrun_trains_the_model_of_one_process(call, tmp_path):
     (tmp_path / "small.toml").write_text(SMALL + TRAINING)
     options = ["--scale", "small.toml", "--recipe", "TeCoA", "--recipe", "MMCoA", "--json", "--device", "cpu"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)}
     both = subprocess.run([*torchrun, "robustclip", "train", *options, "--store", "both"], capture_output=True,
-                          text=True, cwd=tmp_path, timeout=300, env={
-                              **os.environ, "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)})  # fmt: skip
+                          text=True, cwd=tmp_path, timeout=300, env=environment)  # fmt: skip
     assert both.returncode == 0, both.stderr
     alone = json.loads(call("train", *options, "--store", "alone").stdout)
     start = models.load(device="cpu").network.state_dict()
