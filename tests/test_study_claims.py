@@ -87,3 +87,9 @@ def test_a_part_of_which_nothing_ran_has_no_verdicts(tmp_path):
     found = kept_verdicts("full", "mmcoa", tmp_path)
     assert found.empty
     assert {"page", "id", "verdict"} <= set(found.columns)
+
+
+def test_evidence_of_many_conditions_is_told_by_outcome():
+    table = verdict_table([judge(CLAIM, [HOLDS, FAILS, UNDECIDED, HOLDS, HOLDS])])
+    told = "holds 3 of 5: gain +10.0; gain +10.0; gain +10.0. fails 1 of 5: gain -10.0. undecided 1 of 5: gain +1.0"
+    assert table["evidence"].tolist() == [told]

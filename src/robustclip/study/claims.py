@@ -10,6 +10,9 @@ from robustclip.checks import check_folder
 from robustclip.study.statistics import Estimate
 from robustclip.study.store import Store, Where
 
+OUTCOMES = ("holds", "fails", "undecided")
+MANY = 4  # conditions of which the evidence names every interval
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -104,6 +107,13 @@ def kept_verdicts(scale: str, part: str, folder: Where = None) -> pd.DataFrame:
 
 
 def _evidence(conditions: Sequence[Condition]) -> str:
-    """One entry per condition, such as "gain on CIFAR10: 31.0 [24.1, 37.2] (holds)"."""
+    """One entry per condition, such as "gain on CIFAR10: 31.0 [24.1, 37.2] (holds)"; of many, the values by outcome."""
+    if len(conditions) > MANY:
+        by_outcome: dict[str, list[str]] = {}
+        for entry in sorted(conditions, key=lambda entry: OUTCOMES.index(entry.outcome)):
+            by_outcome.setdefault(entry.outcome, []).append(f"{entry.what} {entry.estimate.value:+.1f}")
+        return ". ".join(
+            f"{out} {len(some)} of {len(conditions)}: {'; '.join(some)}" for out, some in by_outcome.items()
+        )
     parts = [(entry.what, *entry.estimate, entry.outcome) for entry in conditions]
     return "; ".join(f"{what}: {value:.1f} [{low:.1f}, {high:.1f}] ({out})" for what, value, low, high, out in parts)
