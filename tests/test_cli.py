@@ -188,6 +188,9 @@ class Job:
 def plan(out, parameters):
     return [Job(f"book/{name}.ipynb", out / name, parameters) for name in ("good", "bad")]
 
+def due(jobs, force):
+    return [job for job in jobs if force or not job.is_done()]
+
 def run_all(jobs):
     for job in jobs:
         job.out.parent.mkdir(parents=True, exist_ok=True)
