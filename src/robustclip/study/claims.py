@@ -6,9 +6,8 @@ from enum import StrEnum
 
 import pandas as pd
 
-from robustclip.checks import check_folder
 from robustclip.study.statistics import Estimate
-from robustclip.study.store import Store, Where
+from robustclip.study.store import Store, Where, write_whole
 
 OUTCOMES = ("holds", "fails", "undecided")
 MANY = 4  # conditions of which the evidence names every interval
@@ -89,7 +88,7 @@ def verdict_table(judgements: Sequence[Judgement]) -> pd.DataFrame:
 def keep_verdicts(table: pd.DataFrame, scale: str, page: str, store: Where = None) -> pd.DataFrame:
     """Store what a page found, for the summary of its part, and return it; `page` is like "mmcoa/ablation"."""
     path = Store.of(store).root / scale / "verdicts" / f"{page}.csv"
-    table.to_csv(check_folder(path.parent) / path.name, index=False, lineterminator="\n")
+    write_whole(path, table.to_csv(index=False, lineterminator="\n"))
     return table
 
 

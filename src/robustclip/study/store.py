@@ -85,7 +85,7 @@ class Entry:
         """Store a finished result in one step and return what was stored; the partial one is not needed any more."""
         record = {"format": FORMAT, "key": self.path.stem, **record}
         record["digest"] = _digest(record)
-        _replace(self.path, json.dumps(record) + "\n")
+        write_whole(self.path, json.dumps(record) + "\n")
         return record
 
     def batches(self, code: str) -> list[dict]:
@@ -104,7 +104,7 @@ class Entry:
     def resume(self, code: str) -> list[dict]:
         """As `batches`, and the partial file now holds these and nothing else."""
         found = self.batches(code)
-        _replace(self.part, "".join(json.dumps(batch) + "\n" for batch in found))
+        write_whole(self.part, "".join(json.dumps(batch) + "\n" for batch in found))
         return found
 
     def append(self, batch: dict) -> None:
@@ -157,7 +157,7 @@ def _row(path: Path) -> dict:
     return row | record["cell"] | {"state": state, "done": len(record["correct"]), "date": record["date"]}
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path` so that readers see the old file or the new one, never half of it."""
     temporary = check_folder(path.parent) / f"{path.name}.{os.getpid()}.tmp"
     with temporary.open("w", encoding="utf-8") as file:

@@ -22,7 +22,7 @@ from robustclip.data.roles import role as find_role
 from robustclip.study.bench import device_name
 from robustclip.study.scales import Scale
 from robustclip.study.scales import scale as find_scale
-from robustclip.study.store import Store, Where, code_digest, commit, versions
+from robustclip.study.store import Store, Where, code_digest, commit, versions, write_whole
 from robustclip.training import Pictures, Recipe
 from robustclip.training.loop import CHECKPOINT, train
 from robustclip.training.parallel import wait, world
@@ -89,7 +89,7 @@ def trained(
                 "commit": commit(), "device": device_name(tuned.device), "versions": versions(),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
             }  # fmt: skip
-            _write(folder / FACTS, facts)
+            write_whole(folder / FACTS, json.dumps(facts, indent=1) + "\n")
             (folder / CHECKPOINT).unlink()
         wait()
     return folder
@@ -143,9 +143,3 @@ def _alone(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _write(path: Path, facts: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
