@@ -142,7 +142,7 @@ def test_bfloat16(clip, images):
 
 
 def test_prompts_are_needed(clip):
-    with pytest.raises(ValueError, match="prompts is empty; give one text per class"):
+    with pytest.raises(ValueError, match="classes are empty; give one name and one prompt per class"):
         ZeroShotClassifier(clip, [])
 
 

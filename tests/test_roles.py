@@ -57,7 +57,7 @@ def test_classes_are_distinct_and_prompted(name):
     assert len(set(entry.classes)) == len(entry.classes)
     assert len(set(entry.wishes)) == len(entry.wishes) == (0 if name == "digits" else len(entry.classes))
     assert entry.template.count("{}") == 1
-    assert entry.prompts == [entry.template.replace("{}", name) for name in entry.classes]
+    assert entry.prompts == tuple(entry.template.replace("{}", name) for name in entry.classes)
     assert len(entry.description) > 10
 
 
@@ -91,7 +91,7 @@ def test_transfer_classes_are_new_combinations():
 @pytest.mark.parametrize("name", GROUPS["shift"])
 def test_shifted_roles_share_the_classes_of_imagenet(name):
     entry, source = role(name), role("imagenet")
-    assert entry.classes == source.classes[: len(entry.classes)]
+    assert entry.classes.names == source.classes[: len(entry.classes)]
     assert (entry.style, entry.size) != (source.style, source.size)
 
 
@@ -178,7 +178,7 @@ def test_samples_of_a_role():
     assert images.shape == (20, 3, 32, 32)
     assert images.dtype == torch.uint8
     assert labels.dtype == torch.int64
-    assert classes == role("stl10").classes
+    assert classes == role("stl10").classes.names
     assert captions is None
 
 

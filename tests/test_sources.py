@@ -26,6 +26,7 @@ from pyarrow import parquet
 from scipy.io import savemat
 
 from robustclip import _torchvision
+from robustclip.classes import Classes
 from robustclip.data import loaders, roles, sources
 from robustclip.data.sources import Samples, load_samples
 
@@ -343,7 +344,7 @@ def test_training_splits(tmp_path):
     build(tmp_path / "data")
     assert len(load_samples("cifar10", "paper", "train", n=None)) == 10
     tree("tiny-imagenet-200/train/{name}/images/{name}_{number}.JPEG", "n01443537")(tmp_path / "data")
-    assert load_samples("tinyimagenet", "paper", "train").classes == ("goldfish",)
+    assert load_samples("tinyimagenet", "paper", "train").classes.names == ("goldfish",)
 
 
 def test_coco_keeps_captions_with_their_images(tmp_path):
@@ -357,7 +358,7 @@ def test_coco_keeps_captions_with_their_images(tmp_path):
     samples = load_samples("coco", "paper")
     assert len(samples.captions) == 10
     assert [caption[:7] for caption in samples.captions[::5]] == [f"color {color}" for color in colors(samples.images)]
-    assert samples.prompts == samples.classes == samples.captions[::5]
+    assert samples.prompts == samples.classes.names == samples.captions[::5]
     assert samples.labels.tolist() == [0, 1]
 
 
@@ -551,7 +552,7 @@ def test_parquet(folder):
     check(samples, 24)
     assert len(samples) == 40
     assert colors(samples.images) == samples.labels.tolist()
-    assert samples.classes == ("red", "green", "blue", "yellow")
+    assert samples.classes.names == ("red", "green", "blue", "yellow")
     assert samples.prompts[0] == "This is a photo of a red"
     assert samples.source == "parquet:cifar10"
     assert set(load_samples("cifar10", "parquet", n=16).labels.tolist()) == {0, 1, 2, 3}  # though sorted by class
@@ -621,7 +622,7 @@ def test_same_rows_as_the_datasets_library(folder, tmp_path, monkeypatch):
     (folder / "classes.json").unlink()
     theirs = datasets.load_dataset(str(folder), split="test", cache_dir=str(tmp_path / "cache"))
     ours = load_samples("cifar10", "parquet")
-    assert ours.classes == tuple(theirs.features["label"].names)
+    assert ours.classes.names == tuple(theirs.features["label"].names)
     order = loaders.shuffled("cifar10", len(theirs))
     for row, image, label in zip(order, ours.images, ours.labels, strict=True):
         assert label == theirs[int(row)]["label"]
@@ -674,7 +675,7 @@ def test_tinyworld():
     check(samples, 32)
     role = roles.role("cifar10")
     assert samples.classes == role.classes
-    assert list(samples.prompts) == role.prompts
+    assert samples.prompts == role.prompts
     later = load_samples("cifar10", n=30, start=70)
     assert torch.equal(later.images, samples.images[70:])
     assert torch.equal(later.labels, samples.labels[70:])
@@ -719,15 +720,13 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_samples_check_themselves():
-    images, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
+    images, labels, one = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), Classes(("a",), ("a",))
     with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
-        Samples(images + 2, labels, ("a",), ("a",), "x", "y")
-    with pytest.raises(ValueError, match="label 0 is out of range"):
-        Samples(images, labels, (), (), "x", "y")
-    with pytest.raises(ValueError, match="got 2 prompts for 1 classes"):
-        Samples(images, labels, ("a",), ("a", "b"), "x", "y")
+        Samples(images + 2, labels, one, "x", "y")
+    with pytest.raises(ValueError, match="label 1 is out of range"):
+        Samples(images, labels + 1, one, "x", "y")
     with pytest.raises(ValueError, match="got 3 captions for 2 images"):
-        Samples(images, labels, ("a",), ("a",), "x", "y", ("1", "2", "3"))
+        Samples(images, labels, one, "x", "y", ("1", "2", "3"))
 
 
 @settings(max_examples=40, deadline=None)

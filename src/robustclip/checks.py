@@ -11,17 +11,25 @@ from torch import Tensor
 
 def check_images(images: Tensor) -> Tensor:
     """Return `images` if they are a float batch (n, 3, height, width) in [0, 1], else raise ValueError."""
+    return check_pixels(images, 0, 1)
+
+
+def check_pixels(images: Tensor, low: float = -8, high: float = 9) -> Tensor:
+    """As `check_images` for what a model is given: noise of a defense may leave [0, 1], bytes as floats are far off."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}; use torch.as_tensor(images)")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have shape (n, 3, height, width), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floating point in [0, 1], got {images.dtype}; divide bytes by 255")
     if not images.numel():
         return images
-    low, high = (bound.item() for bound in images.aminmax())  # one pass; NaN spreads to both
-    if not (math.isfinite(low) and math.isfinite(high)):
+    least, most = (bound.item() for bound in images.detach().aminmax())  # one pass; NaN spreads to both
+    if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError("images contain NaN or infinity; check the loader or the previous attack")
-    if low < 0 or high > 1:
-        raise ValueError(f"images must lie in [0, 1], got [{low:.4g}, {high:.4g}]; normalisation belongs in the model")
+    if least < low or most > high:
+        remedy = "normalisation belongs in the model, and bytes are divided by 255"
+        raise ValueError(f"images must lie in [0, 1], got [{least:.4g}, {most:.4g}]; {remedy}")
     return images
 
 

@@ -11,6 +11,7 @@ The name says where a model comes from:
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Hashable, Sequence
 from importlib.resources import as_file, files
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip import _torchvision
-from robustclip.checks import check_choice, check_folder
+from robustclip.checks import check_choice, check_folder, check_pixels
+from robustclip.classes import Classes
 from robustclip.data.roles import Role
 from robustclip.prompts import attach, learned, make_room
 
@@ -162,24 +164,37 @@ def _read_first(network: nn.Module, tokens: Tensor) -> Tensor:
 class ZeroShotClassifier(nn.Module):
     """p(y = i | x) proportional to exp(s cos(I(x), T_i)): logits are scaled cosines to the class prompts."""
 
-    def __init__(self, clip: Clip, prompts: Sequence[str]) -> None:
+    def __init__(self, clip: Clip, classes: Classes | Sequence[str]) -> None:
+        """`classes` may be a plain list of prompts, which then are the names as well."""
         super().__init__()
-        if not prompts:
-            raise ValueError("prompts is empty; give one text per class")
-        self.clip, self.prompts, self.training = clip, tuple(prompts), clip.training
+        self.classes = classes if isinstance(classes, Classes) else Classes(classes, classes)
+        self.clip, self.training = clip, clip.training
         self.register_buffer("text_features", clip.text_features(self.prompts), persistent=False)
+
+    @classmethod
+    def of_axes(cls, clip: Clip) -> "ZeroShotClassifier":
+        """The same with the axes of feature space for classes: logits s u, from which unit features u can be read."""
+        width = clip.text_features(("",)).shape[1]
+        classifier = cls(clip, [f"axis {number}" for number in range(width)])
+        classifier.text_features = torch.eye(width, device=classifier.text_features.device)
+        return classifier
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One text per class."""
+        return self.classes.prompts
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) pixels in [0, 1] to (n, classes) logits."""
-        return self.clip.logit_scale.float() * self.clip.encode_images(images) @ self.text_features.T
+        return self.clip.logit_scale.float() * self.clip.encode_images(check_pixels(images)) @ self.text_features.T
 
 
 def zero_shot(clip: Clip, role: Role) -> ZeroShotClassifier:
     """The zero-shot classifier of a role: its class names in its prompt template."""
-    return ZeroShotClassifier(clip, role.prompts)
+    return ZeroShotClassifier(clip, role.classes)
 
 
-def load(name: str | Path = EMBEDDED, device: str = "auto", precision: str = "float32") -> Clip:
+def load(name: str | os.PathLike = EMBEDDED, device: str = "auto", precision: str = "float32") -> Clip:
     """Load a CLIP by embedded name, "architecture/pretrained" of open_clip, "hf-hub:id" or local folder.
 
     Only names that point to the network download anything; open_clip then shows the size and a progress bar.
@@ -187,7 +202,7 @@ def load(name: str | Path = EMBEDDED, device: str = "auto", precision: str = "fl
     import open_clip
 
     check_choice("precision", precision, PRECISIONS)
-    name, target = str(name), pick_device(device)
+    name, target = os.path.expanduser(os.fspath(name)), pick_device(device)  # noqa: PTH111 leaves "~nobody" as it is
     if name == EMBEDDED:
         with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as folder:
             clip = _load_folder(folder, name)
@@ -196,7 +211,7 @@ def load(name: str | Path = EMBEDDED, device: str = "auto", precision: str = "fl
     elif name.count("/") == 1 and not Path(name).exists() and name.split("/")[0] in open_clip.list_models():
         clip = _load_remote(*name.split("/"))
     else:
-        clip = _load_folder(Path(name).expanduser(), name)
+        clip = _load_folder(Path(name), name)
     clip.network.to(PRECISIONS[precision])  # pixel statistics stay exact
     return clip.to(target, memory_format=torch.channels_last)
 

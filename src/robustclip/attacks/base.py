@@ -5,7 +5,6 @@ and the attack's seed only, never on its neighbors in the batch: random numbers 
 """
 
 import math
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from robustclip.attacks.losses import fooled
 from robustclip.checks import check_choice, check_images, check_integer, check_labels, check_range
 from robustclip.component import component
+from robustclip.randomness import own_noise  # noqa: F401 used by other attacks
 
 Classifier = Callable[[Tensor], Tensor]
 Outcome = tuple[Tensor, Tensor, Tensor]  # of one run: images, what it maximised in float64, which have won
@@ -53,18 +53,6 @@ NORMS = {
 
 
 # --- shared behaviour -------------------------------------------------------------------------------------------------
-
-
-def own_noise(images: Tensor, seed: int, shape: Sequence[int] | None = None) -> Tensor:
-    """Uniform noise in [-1, 1], each image's drawn from a generator seeded by its own bytes and `seed`.
-
-    One number per pixel, or (n, *shape).
-    """
-    noise = torch.empty(images.shape if shape is None else (len(images), *shape))
-    for row, image in zip(noise, images.detach().float().cpu(), strict=True):
-        own = zlib.crc32(image.contiguous().numpy().tobytes(), seed & 0xFFFFFFFF)
-        row.uniform_(-1, 1, generator=torch.Generator().manual_seed((seed << 32) + own))
-    return noise.to(images)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robustclip.checks import check_choice, check_integer
+from robustclip.classes import Classes
 from robustclip.data import grammar, tinyworld
 from robustclip.data.grammar import Speaker, noun_phrase, words
 from robustclip.data.tinyworld import ANY, CHUNK
@@ -31,7 +32,7 @@ class Role:
     group: str
     description: str
     template: str
-    classes: tuple[str, ...]
+    classes: Classes
     wishes: tuple[tuple[int, ...], ...] = field(repr=False)  # per class: shape, color, texture, background or ANY
     style: str = "photo"
     objects: int = 1
@@ -39,9 +40,9 @@ class Role:
     paper: dict = field(default_factory=dict, repr=False, hash=False)
 
     @property
-    def prompts(self) -> list[str]:
+    def prompts(self) -> tuple[str, ...]:
         """One prompt per class, from the role's template."""
-        return [self.template.format(name) for name in self.classes]
+        return self.classes.prompts
 
 
 @cache
@@ -99,7 +100,8 @@ def role(name: str) -> Role:
     """The role called `name`; an unknown name is an error that lists them all."""
     entry = _table()[check_choice("role", name, _table())]
     wishes = () if "names" in entry else _wishes(name)
-    classes = tuple(entry.get("names") or map(_class_name, wishes))
+    names = tuple(entry.get("names") or map(_class_name, wishes))
+    classes = Classes(names, tuple(map(entry["template"].format, names)))
     same = {key: entry[key] for key in entry if key in Role.__dataclass_fields__}
     return Role(name=name, wishes=wishes, paper=_table("paper-roles").get(name, {}), **same | {"classes": classes})
 
@@ -139,8 +141,8 @@ def tinyworld_samples(name: str, split: str = "test", n: int = 1000, start: int 
     scenes, labels = tinyworld_scenes(name, split, n + before, start - before)
     images = tinyworld.draw(scenes, f"{name}/{split}", start - before, entry.size)[before:]
     if entry.objects < 2:
-        return images, labels[before:], entry.classes, None
+        return images, labels[before:], entry.classes.names, None
     speakers = (Speaker(f"{name}/{split}/{start + i}", facts=0, complete=True) for i in range(n))
     rows = scenes[before:].meaning().tolist()
     captions = tuple(speaker.caption(row)[0] for speaker, row in zip(speakers, rows, strict=True))
-    return images, labels[before:], entry.classes, captions
+    return images, labels[before:], entry.classes.names, captions

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from robustclip import _torchvision
 from robustclip.checks import check_choice, check_folder, check_images, check_integer, check_labels
+from robustclip.classes import Classes
 from robustclip.data import loaders, roles
 from robustclip.data.loaders import Table
 from robustclip.data.roles import SPLITS, Role
@@ -44,8 +45,7 @@ class Samples:
 
     images: Tensor = field(repr=False)  # (n, 3, height, width) float32 in [0, 1]
     labels: Tensor = field(repr=False)  # (n,) int64
-    classes: tuple[str, ...] = field(repr=False)
-    prompts: tuple[str, ...] = field(repr=False)  # one per class
+    classes: Classes = field(repr=False)
     source: str  # what played the role: "tinyworld", "parquet:scenes15", "paper:SUN397"
     digest: str  # revision of the data
     captions: tuple[str, ...] | None = field(default=None, repr=False)  # image i owns k from i * k on, k = len / n
@@ -53,13 +53,16 @@ class Samples:
     def __post_init__(self) -> None:
         check_images(self.images)
         check_labels(self.labels, len(self.classes), len(self.images))
-        if len(self.prompts) != len(self.classes):
-            raise ValueError(f"got {len(self.prompts)} prompts for {len(self.classes)} classes; give one per class")
         if self.captions is not None and (not len(self) or len(self.captions) % len(self)):
             raise ValueError(f"got {len(self.captions)} captions for {len(self)} images; give equally many per image")
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One prompt per class."""
+        return self.classes.prompts
 
 
 def load_samples(
@@ -115,7 +118,7 @@ def _decoded(played: _Played, entry: Role, split: str, n: int | None, start: int
         captions = tuple(caption for row in rows for caption in table.captions[row][:count])
         labels, classes, prompts = torch.arange(len(rows)), captions[::count], captions[::count]
     digest = table.digest(entry.name, split)
-    return Samples(images, labels, tuple(classes), tuple(prompts), played.source, digest, captions)
+    return Samples(images, labels, Classes(classes, prompts), played.source, digest, captions)
 
 
 # --- Tinyworld --------------------------------------------------------------------------------------------------------
@@ -124,9 +127,9 @@ def _decoded(played: _Played, entry: Role, split: str, n: int | None, start: int
 def _tinyworld(entry: Role, split: str, n: int | None, start: int) -> Samples:
     if n is None:
         raise ValueError("n=None is not allowed for source 'tinyworld', which draws without end; give a number")
-    images, labels, classes, captions = roles.tinyworld_samples(entry.name, split, n, start)
-    prompts, digest = tuple(map(entry.template.format, classes)), _tinyworld_digest(entry.name, split)
-    return Samples(images.float().div_(255), labels, classes, prompts, "tinyworld", digest, captions)
+    images, labels, _, captions = roles.tinyworld_samples(entry.name, split, n, start)
+    digest = _tinyworld_digest(entry.name, split)
+    return Samples(images.float().div_(255), labels, entry.classes, "tinyworld", digest, captions)
 
 
 @cache
