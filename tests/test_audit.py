@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustclip import broken, models
+from robustclip import models
 from robustclip.attacks import FGSM, PGD, AutoAttack, Fast, FeaturePGD, UniformNoise
 from robustclip.audit import CHECKS, audit
 from robustclip.component import component
 from robustclip.data.roles import role, tinyworld_samples
+from robustclip.defenses import broken
 
 EPS = 4 / 255
 PASSIVE = PGD(eps=0.02, step_size=0, random_start=False)  # never moves

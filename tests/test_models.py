@@ -13,7 +13,18 @@ from torch.nn import functional as F
 
 from robustclip import models
 from robustclip.data.roles import role, tinyworld_samples
-from robustclip.models import CONFIG, EMBEDDED, WEIGHTS, ZeroShotClassifier, load, pick_device, save, zero_shot
+from robustclip.fast import fast_classifier
+from robustclip.models import (
+    CONFIG,
+    EMBEDDED,
+    WEIGHTS,
+    ZeroShotClassifier,
+    count_passes,
+    load,
+    pick_device,
+    save,
+    zero_shot,
+)
 
 models._torchvision.prepare()
 import open_clip  # noqa: E402  torchvision has to be prepared first
@@ -412,3 +423,125 @@ def test_auto_takes_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda n, device: {"cuda": gpu}[device])
     assert pick_device("auto") == gpu.device
+
+
+# --- what recipes look at, and what passes cost -----------------------------------------------------------------------
+
+
+def test_raw_images_are_features_before_scaling(clip, images):
+    raw = clip.raw_images(images)
+    assert torch.equal(F.normalize(raw, dim=-1), clip.encode_images(images))
+    assert (raw.norm(dim=1) - 1).abs().max() > 1e-3
+
+
+def test_tokens_of_a_transformer(random_vit):
+    """7 x 7 places; without attention between them each place is what the tower makes of it alone."""
+    clip, images = load(random_vit, device="cpu"), torch.rand(2, 3, 224, 224)
+    raw, tokens = clip.raw_and_tokens(images.requires_grad_())
+    assert tokens.shape == (2, 49, 512)
+    assert torch.equal(raw, clip.raw_images(images))
+    assert torch.equal(tokens, clip.image_tokens(images))
+    visual = clip.network.visual
+    visual.output_tokens = True
+    theirs = visual(clip.preprocess(images))[1] @ visual.proj
+    visual.output_tokens = False
+    assert torch.allclose(tokens, theirs, atol=1e-5)
+    (gradient,) = torch.autograd.grad(tokens[0].sum(), images)
+    assert gradient[0].abs().sum() > 0
+    assert not visual.transformer._forward_hooks, "nothing stays hooked"
+
+
+def test_tokens_of_a_residual_network(clip, images):
+    """Each head's weighted mean of the tokens, that of the mean place included, is the raw feature."""
+    wide = F.interpolate(images[:2], 96)
+    clip = copy.deepcopy(clip)
+    clip.image_size = (96, 96)
+    pool = clip.network.visual.attnpool
+    with torch.no_grad():
+        pool.positional_embedding = torch.nn.Parameter(torch.randn(10, pool.positional_embedding.shape[1]) / 10)
+        pool.q_proj.weight.zero_(), pool.q_proj.bias.zero_()  # equal weights
+    raw, tokens = clip.raw_and_tokens(wide)
+    assert tokens.shape == (2, 9, 64)
+    seen = []
+    hook = pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    clip.raw_images(wide)
+    hook.remove()
+    mean = pool.c_proj(pool.v_proj(seen[0].mean((2, 3)) + pool.positional_embedding[0]))
+    assert torch.allclose((tokens.sum(1) + mean) / 10, raw, atol=1e-4)
+    assert not pool._forward_pre_hooks
+
+
+def test_towers_without_tokens_say_so(clip):
+    other = copy.deepcopy(clip)
+    other.network.visual.attnpool = torch.nn.Flatten()
+    with pytest.raises(ValueError, match="tower ModifiedResNet has no tokens; give a plain ViT or ModifiedResNet"):
+        other.image_tokens(torch.rand(1, 3, 48, 48))
+
+
+def test_passes_are_counted(clip, images):
+    classifier, pixels = zero_shot(clip, role("cifar10")), images[:5].clone().requires_grad_()
+    with count_passes() as passes:
+        classifier(images)
+        assert (passes.forward, passes.backward) == (64, 0)
+        with count_passes() as inner:
+            torch.autograd.grad(classifier(pixels).sum(), pixels)
+        with torch.no_grad():
+            classifier(pixels)
+        clip.image_tokens(images[:3])
+    classifier(images)
+    assert (inner.forward, inner.backward) == (5, 5)
+    assert (passes.forward, passes.backward) == (64 + 5 + 5 + 3, 5)
+
+
+def test_passes_of_the_fast_twin_are_those_of_real_images(clip, images):
+    twin, pixels = fast_classifier(zero_shot(clip, role("cifar10"))), images[:5].clone().requires_grad_()
+    with count_passes() as passes:
+        torch.autograd.grad(twin(pixels).sum(), pixels)
+    assert (passes.forward, passes.backward) == (5, 5)
+
+
+def test_axes_as_classes_show_the_features(clip, images):
+    axes = ZeroShotClassifier.of_axes(clip)
+    logits = axes(images)
+    assert logits.shape == (64, 64)
+    assert torch.allclose(F.normalize(logits, dim=1), clip.encode_images(images), atol=1e-6)
+    assert len(axes.classes) == 64
+
+
+# --- images that are none ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda images: (images * 255).byte(), "must be floating point .*divide bytes by 255"),
+        (lambda images: images * 255, r"must lie in \[0, 1\], got .*bytes are divided by 255"),
+        (lambda images: images.numpy(), "must be a torch.Tensor, got ndarray"),
+        (lambda images: images[0], r"must have shape \(n, 3, height, width\)"),
+        (lambda images: images / 0, "contain NaN or infinity"),
+    ],
+)
+def test_classifiers_refuse_what_is_not_an_image(clip, images, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        zero_shot(clip, role("cifar10"))(spoil(images[:2]))
+
+
+def test_classifiers_take_the_noise_of_a_defense(clip, images):
+    classifier = zero_shot(clip, role("cifar10"))
+    assert classifier(images[:2] + torch.randn_like(images[:2])).shape == (2, 10)
+    assert classifier(images[:0]).shape == (0, 10)
+
+
+def test_one_text_is_not_many_classes(clip):
+    with pytest.raises(ValueError, match="='a photo of a cat' is not allowed; give a list"):
+        ZeroShotClassifier(clip, "a photo of a cat")
+
+
+def test_names_may_be_paths_of_any_kind(folder):
+    class Place:
+        def __fspath__(self):
+            return str(folder)
+
+    assert load(Place(), device="cpu").name == str(folder)
+    with pytest.raises(FileNotFoundError, match="no CLIP called '~nosuch/model'"):
+        load("~nosuch/model")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from robustclip import models
 from robustclip.data.roles import role, tinyworld_samples
 from robustclip.fast import fast, fast_classifier
-from robustclip.prompts import add_context, add_frame, learned, make_room
+from robustclip.prompts import Expansion, LinearMap, add_context, add_frame, learned, make_room
 
 TEXTS = ["a photo of a red fish", "a red tree"]
 
@@ -164,3 +164,65 @@ def test_sizes_that_do_not_fit_are_named(clip, add, name, wrong, high):
             add(clip, value)
     with pytest.raises(ValueError, match=f"between 1 and {high}"):
         add(clip, 0)
+
+
+# --- transforms of text features --------------------------------------------------------------------------------------
+
+
+def unit(seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(64, generator=torch.Generator().manual_seed(seed)), dim=0)
+
+
+TRANSFORMS = [LinearMap(torch.linalg.qr(torch.randn(64, 64))[0]), Expansion(unit(1), 1.5)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["linear", "expansion"])
+def test_a_transform_acts_wherever_texts_are_encoded(plain, clip, images, transform, tmp_path):
+    before = plain.encode_texts(TEXTS)
+    assert torch.equal(clip.text_features(TEXTS), before)  # now known by heart
+    digest = clip.digest
+    clip.text_transform = transform
+    expected = F.normalize(transform(before), dim=-1)
+    assert (expected - before).abs().max() > 1e-2
+    assert torch.equal(clip.encode_texts(TEXTS), expected)
+    assert torch.equal(clip.text_features(TEXTS), expected)
+    assert torch.equal(models.ZeroShotClassifier(clip, TEXTS).text_features, expected)
+    assert torch.equal(fast(clip).text_features(TEXTS), expected)
+    assert torch.equal(clip.encode_images(images), plain.encode_images(images))
+    assert clip.digest != digest == plain.digest
+    again = models.load(models.save(clip, tmp_path), device="cpu")
+    assert again.digest == copy.deepcopy(clip).digest == clip.digest
+    torch.testing.assert_close(again.encode_texts(TEXTS), expected)
+    assert type(again.text_transform) is type(transform)
+    clip.text_transform = None
+    assert clip.digest == digest
+
+
+def test_a_trained_transform_is_read_anew(clip):
+    clip.text_transform = LinearMap(torch.eye(64))
+    before, digest = clip.text_features(TEXTS), clip.digest
+    with torch.no_grad():
+        clip.text_transform.matrix.add_(torch.ones(64, 64))
+    assert (clip.text_features(TEXTS) - before).abs().max() > 1e-3
+    assert clip.digest != digest
+
+
+def test_the_expansion_multiplies_angles_to_the_centre():
+    centre, others = unit(0), torch.stack([unit(1), unit(2), unit(0)])
+    moved = Expansion(centre, 0.5)(others)
+    before, after = ((features[:2] @ centre).acos() for features in (others, moved))
+    torch.testing.assert_close(after, 0.5 * before)
+    torch.testing.assert_close(moved.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(moved[2], centre)
+    planes = torch.stack([centre, others[0], moved[0]])
+    assert torch.linalg.matrix_rank(planes, atol=1e-4) == 2, "it stays in the plane of the two"
+    torch.testing.assert_close(Expansion(centre, 1.0)(others), others)
+
+
+def test_a_transform_that_cannot_be_stored_is_refused(clip, tmp_path):
+    clip.text_transform = torch.nn.Identity()
+    for use in (lambda: clip.digest, lambda: models.save(clip, tmp_path)):
+        with pytest.raises(ValueError, match=r"text_transform=Identity\(\) cannot be stored; give a LinearMap or Exp"):
+            use()
+    with pytest.raises(TypeError, match="text_transform"):
+        clip.text_transform = torch.eye(64)

@@ -48,10 +48,10 @@ class _Twin(Clip):
             return pixels
         return F.interpolate(pixels, size=self.image_size, mode=self.interpolation, antialias=False)
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor) -> Tensor:
         """Features of a batch that was filled up with black pictures to one of few sizes."""
         filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self._size(images) - len(images)))
-        return super().encode_images(filled)[: len(images)]
+        return super()._embed(filled)[: len(images)]
 
     def _size(self, images: Tensor) -> int:
         """At least two images, as products with one row round differently; with convolutions on a CPU, few sizes.

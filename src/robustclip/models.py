@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from itertools import chain
 from pathlib import Path
@@ -27,7 +29,7 @@ from robustclip import _torchvision
 from robustclip.checks import check_choice, check_folder, check_pixels
 from robustclip.classes import Classes
 from robustclip.data.roles import Role
-from robustclip.prompts import attach, learned, make_room
+from robustclip.prompts import attach, learned, make_room, transform_from, transform_state
 
 _torchvision.prepare()
 
@@ -48,6 +50,45 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"cannot compute on device {name!r} ({reason}); use auto, cpu, or cuda with a GPU") from error
 
 
+@dataclass(eq=False)
+class Passes:
+    """Images that went through the image towers: forward, and backward down to their pixels."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+_counting: list[Passes] = []
+
+
+@contextmanager
+def count_passes() -> Iterator[Passes]:
+    """Count the images that pass any Clip's image tower meanwhile: `with count_passes() as passes: ...`."""
+    passes = Passes()
+    _counting.append(passes)
+    try:
+        yield passes
+    finally:
+        _counting.remove(passes)
+
+
+def _counted(images: Tensor) -> Tensor:
+    """The images, counted now and when a gradient reaches them."""
+    if not _counting:
+        return images
+    for passes in _counting:
+        passes.forward += len(images)
+    if images.requires_grad and torch.is_grad_enabled():
+        images = images.view_as(images)
+        images.register_hook(_count_backward)
+    return images
+
+
+def _count_backward(gradient: Tensor) -> None:
+    for passes in _counting:
+        passes.backward += len(gradient)
+
+
 class Clip(nn.Module):
     """A CLIP over pixels: resize and normalisation happen inside, features are unit rows."""
 
@@ -61,6 +102,7 @@ class Clip(nn.Module):
         self.interpolation = preprocess["interpolation"]
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(preprocess[key]).view(3, 1, 1), persistent=False)
+        self.register_module("text_transform", None)  # one of `prompts.TRANSFORMS`, applied to unit text features
         self._kept: tuple[tuple, dict] = ((), {})
         self.eval().requires_grad_(False)
 
@@ -76,7 +118,7 @@ class Clip(nn.Module):
 
     def remembered(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute()` returned when last asked for by this key; forgotten as soon as a weight moves or changes."""
-        weights = chain(self.network.parameters(), self.network.buffers())
+        weights = chain(self.parameters(), self.buffers())
         state = tuple((weight.data_ptr(), weight._version) for weight in weights)
         if self._kept[0] != state:
             self._kept = (state, {})
@@ -92,7 +134,7 @@ class Clip(nn.Module):
 
     def _fingerprint(self) -> str:
         fingerprint = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
+        for name, value in sorted((self.network.state_dict() | transform_state(self.text_transform)).items()):
             fingerprint.update(name.encode())
             fingerprint.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return fingerprint.hexdigest()[:16]
@@ -106,14 +148,50 @@ class Clip(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) pixels in [0, 1] to (n, d) unit features, differentiable down to the pixels."""
-        return F.normalize(self.network.encode_image(self.preprocess(images)).float(), dim=-1)
+        return F.normalize(self.raw_images(images), dim=-1)
+
+    def raw_images(self, images: Tensor) -> Tensor:
+        """As `encode_images`, before they are scaled to unit length."""
+        return self._embed(_counted(images)).float()
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.network.encode_image(self.preprocess(images))
+
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """(n, places, d) features of the places of a picture, row by row, projected into the space of its feature."""
+        return self.raw_and_tokens(images)[1]
+
+    def raw_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `raw_images` and `image_tokens` return, from one pass.
+
+        The places of a transformer go where its class token goes, those of a ModifiedResNet through the values of its
+        attention pooling, whose weighted means its features are.
+        """
+        visual, seen = self.network.visual, []
+        pool = getattr(visual, "attnpool", None)
+        if pool is not None and hasattr(pool, "v_proj"):
+            hook = pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        elif type(visual).__name__ == "VisionTransformer" and visual.attn_pool is None:
+            hook = visual.transformer.register_forward_hook(lambda _, __, output: seen.append(output))
+        else:
+            raise ValueError(
+                f"the image tower {type(visual).__name__} has no tokens; give a plain ViT or ModifiedResNet"
+            )
+        with hook:
+            raw = self.raw_images(images)
+        if pool is not None:
+            places = seen[0].flatten(2).mT + pool.positional_embedding[1:]
+            return raw, pool.c_proj(pool.v_proj(places)).float()
+        places = visual.ln_post(seen[0][:, 1:])
+        return raw, (places if visual.proj is None else places @ visual.proj).float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """k texts to (k, d) unit features; gradients reach the text tower where its weights ask for them."""
         tokens = make_room(tokenize(self.tokenizer, texts).to(self.device), self.network)
         first = _reads_first(self.network)
         features = _read_first(self.network, tokens) if first else self.network.encode_text(tokens)
-        return F.normalize(features.float(), dim=-1)
+        features = F.normalize(features.float(), dim=-1)
+        return features if self.text_transform is None else F.normalize(self.text_transform(features), dim=-1)
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -184,6 +262,15 @@ class ZeroShotClassifier(nn.Module):
         """One text per class."""
         return self.classes.prompts
 
+    @property
+    def description_features(self) -> list[Tensor]:
+        """For each class the unit features (m, d) of its descriptions, or of its prompt where it has none."""
+        own, groups = [*self.text_features[:, None]], self.classes.descriptions
+        if not any(groups):
+            return own
+        parts = self.clip.text_features([*chain(*groups)]).split([len(group) for group in groups])
+        return [part if len(part) else prompt for part, prompt in zip(parts, own, strict=True)]
+
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) pixels in [0, 1] to (n, classes) logits."""
         return self.clip.logit_scale.float() * self.clip.encode_images(check_pixels(images)) @ self.text_features.T
@@ -223,8 +310,10 @@ def save(clip: Clip, folder: Path | str) -> Path:
 
     if clip.config is None:
         raise ValueError(f"{clip.name!r} has no config to be written; make it with `load`, or give Clip its model_cfg")
-    weights = {key: value.detach().cpu().contiguous() for key, value in clip.network.state_dict().items()}
-    own = {key: weights.pop(key) for key in learned(clip.network)}
+    transform = transform_state(clip.text_transform)
+    weights = clip.network.state_dict() | transform
+    weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    own = {key: weights.pop(key) for key in [*learned(clip.network), *transform]}
     needed = sum(value.nbytes for value in weights.values()) / 1e6
     folder = check_folder(Path(folder), needed + 1)
     config = {"model_cfg": clip.config, "preprocess_cfg": clip.network.visual.preprocess_cfg}
@@ -253,9 +342,11 @@ def _load_folder(folder: Path, name: str) -> Clip:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
         network = open_clip.create_model(f"local-dir:{folder}")
-        if (folder / PROMPTS).is_file():
-            attach(network, load_file(folder / PROMPTS))
-        return Clip(network, open_clip.get_tokenizer(f"local-dir:{folder}"), name, config)
+        own = load_file(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
+        attach(network, own)
+        clip = Clip(network, open_clip.get_tokenizer(f"local-dir:{folder}"), name, config)
+        clip.text_transform = transform_from(own)
+        return clip
     except Exception as error:
         raise ValueError(f"cannot read the CLIP in {str(folder)!r}: {error}; restore or retrain it") from error
 

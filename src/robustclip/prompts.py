@@ -1,7 +1,8 @@
-"""Learned prompts in front of a frozen CLIP: context vectors for the text tower, a frame for the pictures.
+"""What is learned around a CLIP's towers: context vectors, a frame for pictures, a transform of text features.
 
-Both are parameters beside the network's own, `token_embedding.context` and `visual.frame`, so that digests, copies and
-gradients know them. The file `prompt.safetensors` keeps them next to a CLIP's weights, which stay plain open_clip.
+The first two are parameters beside the network's own, `token_embedding.context` and `visual.frame`; the third is the
+module `clip.text_transform`. So digests, copies and gradients know them. The file `prompt.safetensors` keeps them next
+to a CLIP's weights, which stay plain open_clip.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from robustclip.checks import check_integer
 
 LEARNED = ("token_embedding.context", "visual.frame", "visual.frame_mask")
+OF_TEXTS = "text_transform."
 
 
 def learned(network: nn.Module) -> dict[str, Tensor]:
@@ -46,6 +48,57 @@ def add_frame(clip: nn.Module, width: int, seed: int = 0) -> nn.Module:
     frame = 0.02 * torch.randn(3, height, length, generator=random) * mask
     _attach_frame(clip.network, frame.to(clip.device), mask.to(clip.device))
     return clip
+
+
+class LinearMap(nn.Module):
+    """u -> u A, for a matrix A (d, d) that all texts share."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix, requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(n, d) features to (n, d)."""
+        return features @ self.matrix
+
+
+class Expansion(nn.Module):
+    """Multiplies the angle theta of a unit feature u to a unit centre c by a factor, within the plane of the two.
+
+    u -> cos(factor theta) c + sin(factor theta) (u - cos(theta) c) / sin(theta), Li et al. (2024), LAAT.
+    """
+
+    def __init__(self, centre: Tensor, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("centre", centre)
+        self.register_buffer("factor", torch.as_tensor(factor, dtype=centre.dtype))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(n, d) unit features to (n, d)."""
+        cosine = features @ self.centre[:, None]
+        across = features - cosine * self.centre
+        sine = across.norm(dim=1, keepdim=True)
+        angle = self.factor * torch.atan2(sine, cosine)
+        return angle.cos() * self.centre + angle.sin() * across / sine.clamp(min=1e-12)
+
+
+TRANSFORMS = {"matrix": LinearMap, "centre": Expansion}  # by a tensor that only this kind has
+
+
+def transform_state(transform: nn.Module | None) -> dict[str, Tensor]:
+    """The tensors of a text transform, under the names by which they are stored; it must be one of TRANSFORMS."""
+    if transform is None:
+        return {}
+    if type(transform) not in TRANSFORMS.values():
+        kinds = " or ".join(kind.__name__ for kind in TRANSFORMS.values())
+        raise ValueError(f"text_transform={transform!r} cannot be stored; give a {kinds} of robustclip.prompts")
+    return {OF_TEXTS + name: value for name, value in transform.state_dict().items()}
+
+
+def transform_from(stored: dict[str, Tensor]) -> nn.Module | None:
+    """The text transform among stored tensors, None if there is none."""
+    own = {name.removeprefix(OF_TEXTS): value for name, value in stored.items() if name.startswith(OF_TEXTS)}
+    return next((kind(**own) for key, kind in TRANSFORMS.items() if key in own), None)
 
 
 def make_room(tokens: Tensor, network: nn.Module) -> Tensor:

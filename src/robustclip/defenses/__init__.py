@@ -1,0 +1,1 @@
+"""Defenses at test time: from a classifier to a defended classifier."""
