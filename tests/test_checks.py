@@ -4,6 +4,7 @@ import importlib.util
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -42,6 +43,7 @@ def test_good_images_come_back_untouched(good):
         (spoiled(math.inf), "infinity"),
         (spoiled(1.5), r"\[0\.5, 1\.5\]; normalisation belongs in the model"),
         (spoiled(-0.25), r"\[-0\.25, 0\.5\]"),
+        (images().numpy(), r"must be a torch\.Tensor, got ndarray; use torch\.as_tensor"),
     ],
 )
 def test_bad_images_are_named(bad, message):
@@ -67,11 +69,30 @@ def test_no_labels_for_no_images():
         (torch.tensor([0.0, 1.0]), r"integers of shape \(n,\), got torch\.float32"),
         (torch.tensor([[0, 1]]), r"of shape \(1, 2\)"),
         (torch.tensor([0]), "got 1 labels for 2 images"),
+        (torch.tensor([True, False]), r"integers of shape \(n,\), got torch\.bool"),
+        (np.array([0, 1]), r"must be a torch\.Tensor, got ndarray; use torch\.as_tensor"),
+        ([0, 1], "got list"),
     ],
 )
 def test_bad_labels_are_named(bad, message):
     with pytest.raises(ValueError, match=message):
         checks.check_labels(bad, classes=3, images=2)
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ((torch.zeros(2, 3),), r"must return logits of shape \(2, classes\), got a tuple; wrap it, as in lambda"),
+        (torch.zeros(2), r"of shape \(2, classes\), got shape \(2,\)"),
+        (torch.zeros(2, 3, 1), r"got shape \(2, 3, 1\)"),
+        (torch.zeros(3, 3), r"got shape \(3, 3\)"),
+    ],
+)
+def test_what_is_no_table_of_logits_is_named(logits, message):
+    good = torch.zeros(2, 3)
+    assert checks.check_logits(good, 2) is good
+    with pytest.raises(ValueError, match=message):
+        checks.check_logits(logits, 2)
 
 
 # --- numbers and choices ----------------------------------------------------------------------------------------------
@@ -103,6 +124,18 @@ def test_integers_are_whole():
         checks.check_integer("steps", 2.5, 1)
     with pytest.raises(ValueError, match=r"steps=0 is not allowed; it must be a finite number at least 1"):
         checks.check_integer("steps", 0, 1)
+
+
+@pytest.mark.parametrize("steps", [np.int64(2), np.uint8(2), 2])
+def test_numpy_numbers_become_plain_ones(steps):
+    found = checks.check_integer("steps", steps, 1)
+    assert (found, type(found)) == (2, int)
+    for value in (np.float64(0.1), np.float32(0.5)):
+        assert type(checks.check_range("eps", value, 0)) is float
+    assert type(checks.check_range("eps", np.int32(1), 0)) is int
+    for wrong in (np.bool_(True), np.float64("nan"), np.int64(-1)):
+        with pytest.raises(ValueError, match="eps="):
+            checks.check_range("eps", wrong, 0)
 
 
 def test_choice_lists_the_choices():

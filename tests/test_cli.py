@@ -97,6 +97,7 @@ def test_a_model_may_be_a_folder_and_the_store_another(call, tmp_path, root):
         (["--eps", "-1/255"], "eps=-0.0039"),
         (["--eps", "300/255"], "eps=1.17"),
         (["--eps", "small"], "eps='small' is not a number; write it like 8/255"),
+        (["--eps", "1e400"], "eps='1e400' is not a number; write it like 8/255"),
         (["--n", "0"], "n=0"),
         (["--shard", "3/2"], "shard='3/2'"),
         (["--shard", "0/2"], "shard='0/2'"),

@@ -1,6 +1,7 @@
 """Loading any CLIP, classifying with it, and the errors when a name leads nowhere."""
 
 import copy
+import functools
 import json
 from importlib.resources import as_file, files
 from types import SimpleNamespace
@@ -412,14 +413,14 @@ def test_pick_device():
     assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "meta"])
 def test_devices_that_do_not_exist(name):
     with pytest.raises(ValueError, match=f"cannot compute on device '{name}' .*; use auto, cpu, or cuda with a GPU"):
         pick_device(name)
 
 
 def test_auto_takes_the_gpu(monkeypatch):
-    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), cpu=lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda n, device: {"cuda": gpu}[device])
     assert pick_device("auto") == gpu.device
@@ -545,3 +546,39 @@ def test_names_may_be_paths_of_any_kind(folder):
     assert load(Place(), device="cpu").name == str(folder)
     with pytest.raises(FileNotFoundError, match="no CLIP called '~nosuch/model'"):
         load("~nosuch/model")
+
+
+# --- models that functions hold ---------------------------------------------------------------------------------------
+
+LATER = torch.nn.Linear(2, 2)
+
+
+class Holder:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, images):
+        return self.model(images)
+
+    def method(self, images):
+        return self.model(images)
+
+
+def test_modules_that_a_function_holds_are_found():
+    model, inside = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    twice = lambda images: inside(model(images))  # noqa: E731
+    assert models.modules_of(model) == [model]
+    for function, expected in (
+        (lambda images: model(images), [model]),
+        (lambda images: twice(images), [inside, model]),
+        (lambda images: LATER(images), [LATER]),
+        (functools.partial(lambda net, images: net(images), model), [model]),
+        (model.forward, [model]),
+        (Holder(model), [model]),
+        (Holder(model).method, [model]),
+        (lambda images: images, []),
+        (torch.nn.functional.relu, []),
+    ):
+        found = models.modules_of(function)
+        assert len(found) == len(expected)
+        assert {id(one) for one in found} == {id(one) for one in expected}

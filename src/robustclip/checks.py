@@ -4,8 +4,10 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
+from numbers import Integral, Real
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
@@ -35,7 +37,9 @@ def check_pixels(images: Tensor, low: float = -8, high: float = 9) -> Tensor:
 
 def check_labels(labels: Tensor, classes: int, images: int | None = None) -> Tensor:
     """Return `labels` if they are integers in [0, classes), one per image, else raise ValueError."""
-    if labels.ndim != 1 or labels.is_floating_point():
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a torch.Tensor, got {type(labels).__name__}; use torch.as_tensor(labels)")
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers of shape (n,), got {labels.dtype} of shape {tuple(labels.shape)}")
     if images is not None and len(labels) != images:
         raise ValueError(f"got {len(labels)} labels for {images} images; give one label per image")
@@ -45,20 +49,32 @@ def check_labels(labels: Tensor, classes: int, images: int | None = None) -> Ten
     return labels
 
 
+def check_logits(logits: Tensor, images: int) -> Tensor:
+    """Return what a classifier said of so many images if it is a table of numbers, else raise ValueError."""
+    if not isinstance(logits, Tensor):
+        found = f"{type(logits).__name__}; wrap it, as in lambda images: model(images)[0]"
+        raise ValueError(f"the classifier must return logits of shape ({images}, classes), got a {found}")
+    if logits.ndim != 2 or len(logits) != images:
+        shape = tuple(logits.shape)
+        raise ValueError(f"the classifier must return logits of shape ({images}, classes), got shape {shape}")
+    return logits
+
+
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> float:
-    """Return `value` if it is a finite number with low <= value <= high, else raise ValueError."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high or math.isinf(value):
+    """Return `value` as a plain int or float if it is a finite number with low <= value <= high, else ValueError."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not low <= value <= high or math.isinf(value):
         limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name}={value!r} is not allowed; it must be a finite number {limits}")
-    return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_integer(name: str, value: int, low: int, high: float = math.inf) -> int:
-    """Return `value` if it is a whole number with low <= value <= high, else raise ValueError."""
-    check_range(name, value, low, high)
-    if not isinstance(value, int):
+    """Return `value` as a plain int if it is a whole number with low <= value <= high, else raise ValueError."""
+    plain = check_range(name, value, low, high)
+    if not isinstance(plain, int):
         raise ValueError(f"{name}={value!r} is not allowed; it must be a whole number, such as {int(value)}")
-    return value
+    return plain
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:

@@ -16,9 +16,12 @@ import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import as_file, files
+from inspect import getclosurevars
 from itertools import chain
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -44,7 +47,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.empty(0, device=name)
+        probe.cpu()  # which "meta" cannot do
+        return probe.device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot compute on device {name!r} ({reason}); use auto, cpu, or cuda with a GPU") from error
@@ -373,3 +378,25 @@ def _load_remote(architecture: str, pretrained: str | None) -> Clip:
             f"could not fetch {name!r} ({type(error).__name__}: {error}). It is downloaded once, 0.6 GB for a ViT-B; "
             "connect to the network, or put a copy in the hub's cache, or give a local folder instead"
         ) from error
+
+
+def modules_of(classifier: Callable) -> list[nn.Module]:
+    """A module itself; of any other callable the modules that it closes over, is bound to, names or keeps."""
+    found, queue, seen = [], [classifier], set()
+    while queue:
+        held = queue.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, nn.Module):
+            found.append(held)
+        elif isinstance(held, partial):
+            queue += [held.func, *held.args, *held.keywords.values()]
+        elif isinstance(held, MethodType):
+            queue.append(held.__self__)
+        elif isinstance(held, FunctionType) and not held.__module__.startswith("torch."):
+            names = getclosurevars(held)
+            queue += [*names.nonlocals.values(), *names.globals.values()]
+        elif callable(held) and not isinstance(held, type | FunctionType):
+            queue += [part for part in getattr(held, "__dict__", {}).values() if isinstance(part, nn.Module)]
+    return found

@@ -25,7 +25,7 @@ def parse_eps(text: str | float) -> float:
     """A budget as the papers write it, "8/255", or as a decimal number, to the nearest float."""
     try:
         return float(Fraction(str(text)))
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"eps={text!r} is not a number; write it like 8/255 or 0.03") from error
 
 
