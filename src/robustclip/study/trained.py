@@ -107,7 +107,7 @@ def plan_training(
     chosen, rows = find_scale(scale), []
     for role in roles:
         entry = find_role(role)
-        whole = (entry.paper.get("train_images") if chosen.source == "paper" else chosen.training.get("pictures")) or 0
+        whole = (entry.paper.get("train_images") if chosen.name == "paper" else chosen.training.get("pictures")) or 0
         if not (whole or shots):
             raise ValueError(f"scale {chosen.name!r} does not say how many pictures {role} has; give shots, or set "
                              "pictures in its table [training]")  # fmt: skip
