@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from robustclip import _torchvision, models
 from robustclip.attacks import APGD, PGD, UniformNoise
-from robustclip.attacks.apgd import ClimbMemory, checkpoints
+from robustclip.attacks.apgd import AutoClimb, checkpoints
+from robustclip.attacks.ascent import Climb, Here
 from robustclip.data.roles import role, tinyworld_samples
 
 _torchvision.prepare()
@@ -63,12 +64,22 @@ def test_checkpoints_are_the_papers():
     assert checkpoints(100) == {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
 
 
-def climb(memory: ClimbMemory, losses: list[float], first: int = 0) -> None:
-    """Record a path of one image; the point at step k is filled with k, its gradient with -k."""
-    rows = torch.tensor([0])
+def climbing() -> AutoClimb:
+    """A climb of one image of one pixel."""
+    return AutoClimb(Climb(torch.zeros(1, 3, 1, 1), 0.1, "linf", 100))
+
+
+def here(auto: AutoClimb, step: int, loss: float = 0.0) -> Here:
+    """The place of step k: the point is filled with k, its gradient with -k."""
+    rows, point, losses = torch.tensor([0]), torch.full((1, 3, 1, 1), float(step)), torch.tensor([loss])
+    better = auto.climb.record(rows, point, losses, torch.tensor([False]))
+    return Here(rows, point, -point, losses, better)
+
+
+def climb(auto: AutoClimb, losses: list[float], first: int = 0) -> None:
+    """Note a path of one image."""
     for step, loss in enumerate(losses):
-        point = torch.full((1, 3, 1, 1), float(first + step))
-        memory.record(rows, point, -point, torch.tensor([loss]), torch.tensor([False]))
+        auto.note(here(auto, first + step, loss))
 
 
 @pytest.mark.parametrize(
@@ -81,30 +92,29 @@ def climb(memory: ClimbMemory, losses: list[float], first: int = 0) -> None:
     ],
 )
 def test_step_sizes_are_halved_when_the_climb_stalls(losses, halved):
-    memory = ClimbMemory(torch.zeros(1, 3, 1, 1), 0.1)
-    climb(memory, losses)
+    auto = climbing()
+    climb(auto, losses)
     best = max(range(5), key=losses.__getitem__)
-    last = torch.full((1, 3, 1, 1), 4.0)
-    point, gradient = memory.check(torch.tensor([0]), last, -last, 4)
-    assert memory.step_size.item() == pytest.approx(0.1 if halved else 0.2)
+    point, gradient = auto.check(here(auto, 4, -9), 4)
+    assert auto.step_size.item() == pytest.approx(0.1 if halved else 0.2)
     assert (point == (best if halved else 4)).all(), "a halved climb goes on from its best point"
     assert (gradient == -(best if halved else 4)).all()
 
 
 def test_step_sizes_are_halved_when_nothing_improved_with_the_same_step_size():
     """The second condition: rises alone do not count if they stay below the best of the checkpoint before."""
-    rows, memory = torch.tensor([0]), ClimbMemory(torch.zeros(1, 3, 1, 1), 0.1)
-    climb(memory, [0, 1, 2, 3, 9])
-    memory.check(rows, memory.best, memory.best_gradient, 4)
-    assert memory.step_size.item() == pytest.approx(0.2)
-    memory.latest[0] = 0.0
-    climb(memory, [1, 2, 3, 4], first=5)
-    point, _ = memory.check(rows, torch.full((1, 3, 1, 1), 8.0), memory.best_gradient, 4)
-    assert memory.step_size.item() == pytest.approx(0.1)
+    auto = climbing()
+    climb(auto, [0, 1, 2, 3, 9])
+    auto.check(here(auto, 4, -9), 4)
+    assert auto.step_size.item() == pytest.approx(0.2)
+    auto.latest[0] = 0.0
+    climb(auto, [1, 2, 3, 4], first=5)
+    point, _ = auto.check(here(auto, 8, -9), 4)
+    assert auto.step_size.item() == pytest.approx(0.1)
     assert (point == 4).all()
-    climb(memory, [5, 6, 7, 8], first=9)  # still below 9, but the step size has just changed
-    memory.check(rows, memory.best, memory.best_gradient, 4)
-    assert memory.step_size.item() == pytest.approx(0.1)
+    climb(auto, [5, 6, 7, 8], first=9)  # still below 9, but the step size has just changed
+    auto.check(here(auto, 12, -9), 4)
+    assert auto.step_size.item() == pytest.approx(0.1)
 
 
 def test_the_first_steps_by_hand():
@@ -118,7 +128,7 @@ def test_the_first_steps_by_hand():
         return torch.stack([10 - rise, rise], 1)
 
     start = torch.full((1, 3, 1, 1), 0.5)
-    APGD(eps=eps, steps=3, random_start=False)(classifier, start, torch.tensor([0]))
+    APGD(eps=eps, steps=3, start="image")(classifier, start, torch.tensor([0]))
     first = start + torch.tensor([eps, -eps, eps]).view(1, 3, 1, 1)
     # at x_1 the first two colors overshot: z goes back by 2 eps, to the other side of the ball
     ahead = start + torch.tensor([-eps, eps, eps]).view(1, 3, 1, 1)
@@ -148,9 +158,9 @@ def test_a_narrow_summit_is_found_by_halving():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize(("steps", "random_start"), [(1, False), (5, False), (20, False), (20, True)])
+@pytest.mark.parametrize(("steps", "start"), [(1, "image"), (5, "image"), (20, "image"), (20, "random")])
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
-def test_closed_form_on_a_linear_model(norm, steps, random_start, loss):
+def test_closed_form_on_a_linear_model(norm, steps, start, loss):
     """Two classes, far from the pixel bounds: x + eps sign(w) for l_inf, x + eps w / |w| for l_2."""
     classifier, eps = linear(scale=0.1), 0.05
     direction = classifier[1].weight[1] - classifier[1].weight[0]
@@ -158,7 +168,7 @@ def test_closed_form_on_a_linear_model(norm, steps, random_start, loss):
     images, labels = some(8), torch.zeros(8, dtype=torch.long)
     best = direction.sign() if norm == "linf" else direction / direction.norm()
     expected = images + eps * best.detach().view(3, SIDE, SIDE)
-    attack = APGD(eps=eps, steps=steps, norm=norm, random_start=random_start, loss=loss)
+    attack = APGD(eps=eps, steps=steps, norm=norm, start=start, loss=loss)
     assert torch.allclose(attack(classifier, images, labels), expected, atol=1e-6 if norm == "linf" else 1e-4)
 
 
@@ -173,7 +183,7 @@ def test_with_all_targets_robust_accuracy_of_a_linear_model_is_exact(norm):
     logits = classifier(images).detach()
     margin = logits.gather(1, labels[:, None]) - logits
     can_fall = ((margin < reach) & (F.one_hot(labels, 8) == 0)).any(1)
-    attack = APGD(eps=eps, steps=10, norm=norm, loss="margin", targets=7, random_start=False)
+    attack = APGD(eps=eps, steps=10, norm=norm, loss="margin", targets=7, start="image")
     assert torch.equal(predicted(classifier, attack(classifier, images, labels)) != labels, can_fall)
     assert 20 < can_fall.sum() < 280
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from robustclip import models
 from robustclip.attacks import APGD, FGSM, PGD, AutoAttack, FeaturePGD, FromTorchattacks, Square, UniformNoise
-from robustclip.attacks.base import NORMS, own_noise
+from robustclip.attacks.ascent import NORMS
 from robustclip.data.roles import role, tinyworld_samples
+from robustclip.randomness import own_noise
 
 models._torchvision.prepare()
 import torchattacks  # noqa: E402  torchvision has to be prepared first
@@ -28,10 +29,10 @@ ATTACKS = [
     UniformNoise(eps=0.1),
     FGSM(eps=0.1),
     PGD(eps=0.1, steps=3),
-    PGD(eps=0.1, steps=3, random_start=False, step_size=0.04),
+    PGD(eps=0.1, steps=3, start="image", step_size=0.04),
     PGD(eps=0.1, steps=2, restarts=3, seed=5),
     PGD(eps=0.7, steps=3, norm="l2"),
-    PGD(eps=0.7, steps=2, norm="l2", restarts=2, random_start=False),
+    PGD(eps=0.7, steps=2, norm="l2", restarts=2, start="image"),
     PGD(eps=0.1, steps=3, loss="margin"),
     PGD(eps=0.7, steps=3, loss="dlr", norm="l2", draws=2),
     PGD(eps=0.1, steps=2, loss="dlr", targets=2),
@@ -70,7 +71,7 @@ def follows_gradients(attack) -> bool:
 def draws_numbers(attack) -> bool:
     if isinstance(attack, FromTorchattacks):
         return attack.name == "PGDL2"
-    return hasattr(attack, "seed") and getattr(attack, "random_start", True)
+    return hasattr(attack, "seed") and getattr(attack, "start", "random") != "image"
 
 
 def returns_its_best(attack) -> bool:
@@ -135,17 +136,17 @@ def many(embedded):
     eps=st.floats(0, 1),
     steps=st.integers(1, 5),
     norm=st.sampled_from(["linf", "l2"]),
-    random_start=st.booleans(),
+    start=st.sampled_from(["random", "one-sided", "image"]),
     step_size=st.none() | st.floats(0, 3),
     classes=st.sampled_from([2, 3, 7]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_budget_is_kept(eps, steps, norm, random_start, step_size, classes, seed):
+def test_budget_is_kept(eps, steps, norm, start, step_size, classes, seed):
     """To float32 rounding, from images that touch the pixel bounds, for labels right or wrong."""
     classifier, images = linear(classes, seed), tiny_images(16, seed).mul(1.4).sub(0.2).clamp(0, 1)
     labels = torch.arange(16) % classes
-    attack = PGD(eps=eps, steps=steps, norm=norm, random_start=random_start, step_size=step_size, restarts=2, seed=seed)
+    attack = PGD(eps=eps, steps=steps, norm=norm, start=start, step_size=step_size, restarts=2, seed=seed)
     adversarial = attack(classifier, images, labels)
     assert length(adversarial - images, norm).max() <= eps * (1 + 1e-5) + 3e-7
     assert adversarial.min() >= 0
@@ -323,7 +324,7 @@ def test_closed_form_on_a_linear_model(norm, steps):
     images, labels = tiny_images(8, low=0.3, high=0.7), torch.zeros(8, dtype=torch.long)
     best = direction.sign() if norm == "linf" else direction / direction.norm()
     expected = images + eps * best.detach().view(3, SIDE, SIDE)
-    attack = PGD(eps=eps, steps=steps, norm=norm, random_start=False)
+    attack = PGD(eps=eps, steps=steps, norm=norm, start="image")
     assert torch.allclose(attack(classifier, images, labels), expected, atol=1e-6)
     if norm == "linf":
         assert torch.allclose(FGSM(eps=eps)(classifier, images, labels), expected, atol=1e-6)
@@ -420,7 +421,7 @@ def test_broken_images_are_not_attacked_further():
     """The first image that fools is returned: with a large budget, most move no further than needed."""
     classifier, images = linear(2), tiny_images(64, low=0.4, high=0.6)
     labels = predicted(classifier, images)
-    attack = PGD(eps=0.4, steps=40, step_size=0.01, random_start=False)
+    attack = PGD(eps=0.4, steps=40, step_size=0.01, start="image")
     adversarial = attack(classifier, images, labels)
     moved = length(adversarial - images, "linf")
     assert (predicted(classifier, adversarial) != labels).all()
@@ -503,7 +504,7 @@ def test_no_random_start_starts_at_the_image():
     seen = []
     classifier, images = linear(), tiny_images()
     labels = predicted(classifier, images)
-    PGD(eps=0.1, steps=1, random_start=False)(lambda x: seen.append(x.detach()) or classifier(x), images, labels)
+    PGD(eps=0.1, steps=1, start="image")(lambda x: seen.append(x.detach()) or classifier(x), images, labels)
     assert torch.equal(seen[1], images)
 
 
@@ -512,7 +513,7 @@ def test_later_restarts_start_elsewhere(norm):
     seen = []
     classifier, images = linear(), tiny_images(low=0.4, high=0.6)
     classifier[1].bias.data[0] += 50
-    attack = PGD(eps=0.1, steps=1, norm=norm, random_start=False, restarts=3)
+    attack = PGD(eps=0.1, steps=1, norm=norm, start="image", restarts=3)
     attack(lambda x: seen.append(x.detach()) or classifier(x), images, torch.zeros(32, dtype=torch.long))
     starts = seen[1::2]
     assert len(starts) == 3
@@ -537,7 +538,7 @@ def test_default_step_size(steps, step_size):
 def test_one_step_equals_torchattacks(embedded):
     classifier, images, labels = embedded
     theirs = torchattacks.PGD(classifier, eps=4 / 255, alpha=4 / 255, steps=1, random_start=False)(images, labels)
-    ours = PGD(eps=4 / 255, steps=1, step_size=4 / 255, random_start=False)(classifier, images, labels)
+    ours = PGD(eps=4 / 255, steps=1, step_size=4 / 255, start="image")(classifier, images, labels)
     assert torch.equal(ours, theirs)
     assert torch.equal(FGSM(eps=4 / 255)(classifier, images, labels), theirs)
 
@@ -548,7 +549,7 @@ def test_as_strong_as_torchattacks(embedded, eps, steps):
     classifier, images, labels = embedded
     alpha = 2.5 * eps / steps
     theirs = torchattacks.PGD(classifier, eps=eps, alpha=alpha, steps=steps, random_start=False)(images, labels)
-    ours = PGD(eps=eps, steps=steps, step_size=alpha, random_start=False)
+    ours = PGD(eps=eps, steps=steps, step_size=alpha, start="image")
     assert standing(classifier, ours, images, labels).sum() <= (predicted(classifier, theirs) == labels).sum() + 1
     assert torch.equal(
         standing(classifier, ours, images, labels), standing(classifier, replace(ours, step_size=None), images, labels)
@@ -561,7 +562,7 @@ def test_l2_agrees_with_torchattacks_on_a_linear_model(steps):
     classifier[1].bias.data[0] += 50
     labels = predicted(classifier, images)
     theirs = torchattacks.PGDL2(classifier, eps=0.3, alpha=0.1, steps=steps, random_start=False)(images, labels)
-    ours = PGD(eps=0.3, steps=steps, step_size=0.1, norm="l2", random_start=False)(classifier, images, labels)
+    ours = PGD(eps=0.3, steps=steps, step_size=0.1, norm="l2", start="image")(classifier, images, labels)
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 

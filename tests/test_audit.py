@@ -17,7 +17,7 @@ from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses import broken
 
 EPS = 4 / 255
-PASSIVE = PGD(eps=0.02, step_size=0, random_start=False)  # never moves
+PASSIVE = PGD(eps=0.02, step_size=0, start="image")  # never moves
 
 
 class Templates(nn.Module):
@@ -159,7 +159,7 @@ def test_noise_is_a_rival_of_an_attack_that_stands_still(tiny):
 def test_rivals_break_what_lies_within_reach(tiny, name, eps):
     """One gradient step, and examples made on the same classifier, are optimal for a linear one."""
     classifier, images, labels = tiny
-    attack = PGD(eps=eps, step_size=0, random_start=False)
+    attack = PGD(eps=eps, step_size=0, start="image")
     share = 100 * classifier.within_reach(images, eps).double().mean().item()
     found = only(name, classifier, attack, images, labels, surrogate=classifier)
     assert found.value == pytest.approx(share)
@@ -175,9 +175,7 @@ def test_one_image_of_two_hundred_is_half_a_point_and_no_flag(tiny):
     one, other = near.nonzero()[:2, 0], far.nonzero()[:, 0]
     for hits, n, flagged in ((1, 200, False), (2, 200, True), (1, 199, True)):
         rows = torch.cat([one[:hits], other.repeat(200)[: n - hits]])
-        found = only(
-            "single-step", classifier, PGD(eps=0.05, step_size=0, random_start=False), images[rows], labels[rows]
-        )
+        found = only("single-step", classifier, PGD(eps=0.05, step_size=0, start="image"), images[rows], labels[rows])
         assert found.value == pytest.approx(100 * hits / n)
         assert found.flagged is flagged
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from robustclip import _torchvision
 from robustclip.attacks import PGD, FromTorchattacks, UniformNoise, adapt
-from robustclip.attacks.from_torchattacks import L2_ONLY, OURS, as_attack, seeded
+from robustclip.attacks.base import as_attack
+from robustclip.attacks.from_torchattacks import L2_ONLY, OURS, seeded
 
 _torchvision.prepare()
 import torchattacks  # noqa: E402  torchvision has to be prepared first

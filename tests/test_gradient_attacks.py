@@ -134,7 +134,7 @@ def test_all_targets_find_the_nearest_boundary():
     reach = eps * (weight[labels][:, None] - weight[None]).abs().sum(2)
     margin = logits.gather(1, labels[:, None]) - logits
     can_fall = ((margin < reach) & (F.one_hot(labels, 8) == 0)).any(1)
-    attack = PGD(eps=eps, steps=10, loss="margin", targets=7, random_start=False)
+    attack = PGD(eps=eps, steps=10, loss="margin", targets=7, start="image")
     fell = predicted(classifier, attack(classifier, images, labels)) != labels
     assert torch.equal(fell, can_fall)
     assert 20 < can_fall.sum() < 280
@@ -269,7 +269,7 @@ def test_the_feature_attack_turns_features_further_than_noise():
 
 def test_the_feature_attack_needs_a_random_start():
     with pytest.raises(ValueError, match="no slope at the image itself"):
-        FeaturePGD(eps=0.1, random_start=False)
+        FeaturePGD(eps=0.1, start="image")
 
 
 # --- replaced gradients -----------------------------------------------------------------------------------------------

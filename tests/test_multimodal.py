@@ -15,31 +15,29 @@ from torch.nn import functional as F
 
 from robustclip import models
 from robustclip.attacks import FGSM, PGD, FeaturePGD
-from robustclip.attacks.base import own_noise
-from robustclip.attacks.gradient import Steps
+from robustclip.attacks.base import Pair, Target, predictions
 from robustclip.attacks.losses import LOSSES
 from robustclip.attacks.multimodal import (
     SGA,
     CoAttack,
     MultimodalAttack,
-    OneSidedSteps,
-    Pair,
     SepAttack,
     divergence,
-    encoder,
     pooled,
-    predictions,
-    to_the_end,
 )
 from robustclip.attacks.text import BertAttack, LabelAwareBertAttack, TextAttack
+from robustclip.classes import Classes
 from robustclip.component import component
 from robustclip.data.roles import role, tinyworld_samples
+from robustclip.defenses.base import Defense
 from robustclip.models import ZeroShotClassifier
+from robustclip.randomness import own_noise
 
 SIDE, DIMENSIONS = 6, 16
 WORDS, MANY = ("crimson", "azure", "olive", "beige"), tuple(map(str, range(40)))
 PROMPTS = ["a red star", "a blue disk", "a red ring", "a blue moon", "a red leaf", "a blue fish"]
 CALLS = Counter()
+CLASSES = Classes([prompt.split(" ", 1)[1] for prompt in PROMPTS], PROMPTS)
 
 
 class TinyClip(nn.Module):
@@ -70,7 +68,9 @@ class TinyClip(nn.Module):
         return F.normalize(self.noise((pixels.flatten(1) - 0.5).to(self.weight.dtype) @ self.weight.T), dim=-1)
 
     def encode_texts(self, texts) -> torch.Tensor:
-        return F.normalize(torch.stack([sum(map(word_vector, text.split())) for text in texts]).to(self.weight), dim=-1)
+        return F.normalize(
+            torch.stack([sum(map(word_vector, text.split() or [""])) for text in texts]).to(self.weight), dim=-1
+        )
 
     def text_features(self, texts) -> torch.Tensor:
         with torch.no_grad():
@@ -107,7 +107,7 @@ ATTACKS = [
     SepAttack(image=PGD(eps=0.05, steps=4, loss="margin", targets=2), text=SWAP, reading="attacked"),
     SepAttack(image=PGD(eps=0.05, steps=4, restarts=2), text=SWAP, reading="worst"),
     CoAttack(eps=0.05, steps=4, text=SWAP),
-    CoAttack(eps=0.05, steps=4, text=SWAP, start="two-sided", step_size=0.04, seed=3),
+    CoAttack(eps=0.05, steps=4, text=SWAP, start="random", step_size=0.04, seed=3),
     SGA(eps=0.05, steps=3, text=SWAP),
 ]
 table = pytest.mark.parametrize("attack", ATTACKS, ids=repr)
@@ -119,6 +119,10 @@ def tiny_clip(seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyClip:
 
 def tiny_images(n: int = 24, seed: int = 0, side: int = SIDE) -> torch.Tensor:
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def some_classes(prompts: list[str]) -> Classes:
+    return Classes(prompts, prompts)
 
 
 def own_labels(clip, images: torch.Tensor) -> torch.Tensor:
@@ -133,15 +137,20 @@ def some_captions(n: int) -> list[list[str]]:
     return [[f"the {color} thing {row}" for color in ("red", "old", "big")[: 1 + row % 3]] for row in range(n)]
 
 
-def stands(attack, clip, images, labels, build=ZeroShotClassifier) -> torch.Tensor:
+def judged(pair: Pair, labels: torch.Tensor, clip, defense=None) -> torch.Tensor:
+    """Predicted classes of a pair."""
+    return predictions(pair, labels, Target(clip, pair.classes, defense).classifier)
+
+
+def stands(attack, clip, images, labels, defense=None) -> torch.Tensor:
     """Per image, whether every pair is classified correctly."""
-    pairs = attack.pairs(clip, PROMPTS, images, labels, build)
-    return torch.stack([predictions(pair, labels, clip, build) == labels for pair in pairs]).all(0)
+    pairs = attack.pairs(Target(clip, CLASSES, defense), images, labels)
+    return torch.stack([judged(pair, labels, clip, defense) == labels for pair in pairs]).all(0)
 
 
 def all_images(attack, clip, images, labels) -> list[torch.Tensor]:
     """All images that an attack makes, in classification and in retrieval."""
-    found = [pair.images for pair in attack.pairs(clip, PROMPTS, images, labels)]
+    found = [pair.images for pair in attack.pairs(Target(clip, CLASSES), images, labels)]
     return [*found, attack.on_captions(clip, images, some_captions(len(images)))[0]]
 
 
@@ -193,7 +202,7 @@ def test_the_model_and_the_random_state_are_left_as_they_were(attack, training):
     rng, numpy_rng = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     pixels = images.detach().clone()
 
-    pairs = attack.pairs(clip, PROMPTS, images, labels)
+    pairs = attack.pairs(Target(clip, CLASSES), images, labels)
     found, _ = attack.on_captions(clip, images, captions)
 
     assert not found.requires_grad
@@ -213,14 +222,14 @@ def test_neighbors_do_not_matter(attack):
     """One by one and in another order every image fares the same; so do its texts."""
     clip, images = tiny_clip(dtype=torch.float64), tiny_images(9).double()
     labels, captions = own_labels(clip, images), some_captions(9)
-    together = attack.pairs(clip, PROMPTS, images, labels)
+    together = attack.pairs(Target(clip, CLASSES), images, labels)
     found, texts = attack.on_captions(clip, images, captions)
     for row in (4, 0, 8):
         only = slice(row, row + 1)
-        alone = attack.pairs(clip, PROMPTS, images[only], labels[only])
+        alone = attack.pairs(Target(clip, CLASSES), images[only], labels[only])
         for one, many in zip(alone, together, strict=True):
             assert torch.allclose(one.images[0], many.images[row], atol=1e-12)
-            assert one.prompts == many.prompts
+            assert one.classes == many.classes
             assert one.own == (many.own and many.own[only])
         image, text = attack.on_captions(clip, images[only], captions[only])
         assert torch.allclose(image[0], found[row], atol=1e-12)
@@ -240,7 +249,7 @@ def test_the_same_twice_and_another_with_another_seed(attack):
 @table
 def test_empty_batches(attack):
     clip, nothing = tiny_clip(), tiny_images(0)
-    (pair,) = attack.pairs(clip, PROMPTS, nothing, torch.zeros(0, dtype=torch.long))
+    (pair,) = attack.pairs(Target(clip, CLASSES), nothing, torch.zeros(0, dtype=torch.long))
     assert pair.images.shape == (0, 3, SIDE, SIDE)
     found, captions = attack.on_captions(clip, nothing, [])
     assert (len(found), captions) == (0, [])
@@ -262,9 +271,9 @@ def test_equal_labels_of_any_integer_type():
     clip, images = tiny_clip(), tiny_images(5)
     labels = own_labels(clip, images)
     for attack in ATTACKS:
-        (*_, one), (*_, two) = (attack.pairs(clip, PROMPTS, images, kind) for kind in (labels, labels.int()))
+        (*_, one), (*_, two) = (attack.pairs(Target(clip, CLASSES), images, kind) for kind in (labels, labels.int()))
         assert torch.equal(one.images, two.images)
-        assert torch.equal(predictions(one, labels, clip), predictions(two, labels.int(), clip))
+        assert torch.equal(judged(one, labels, clip), judged(two, labels.int(), clip))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -279,7 +288,7 @@ def test_equal_labels_of_any_integer_type():
         (lambda: SGA(eps=0.1, text=str.upper), "text=.*give a BertAttack"),
         (lambda: CoAttack(eps=2), "eps=2 .*between 0 and 1"),
         (lambda: CoAttack(eps=0.1, steps=0), "steps=0"),
-        (lambda: CoAttack(eps=0.1, start="left"), "unknown start 'left'.*one-sided, two-sided"),
+        (lambda: CoAttack(eps=0.1, start="left"), "unknown start 'left'.*one-sided, random"),
         (lambda: CoAttack(eps=0.1, weight=-1), "weight=-1"),
         (lambda: SGA(eps=0.1, scales=()), "scales=0 "),
         (lambda: SGA(eps=0.1, scales=(1, 0)), "scales=0 "),
@@ -305,12 +314,12 @@ def test_bad_settings(make, message):
 )
 def test_bad_input(attack, images, labels, captions, message):
     with pytest.raises(ValueError, match=message):
-        attack.pairs(tiny_clip(), PROMPTS, images, torch.tensor(labels))
+        attack.pairs(Target(tiny_clip(), CLASSES), images, torch.tensor(labels))
     with pytest.raises(ValueError, match=message):
         attack.on_captions(tiny_clip(), images, captions)
 
 
-@pytest.mark.parametrize("image", [FGSM(eps=0.1), PGD(eps=0.1, random_start=False)], ids=repr)
+@pytest.mark.parametrize("image", [FGSM(eps=0.1), PGD(eps=0.1, start="image")], ids=repr)
 def test_retrieval_needs_an_ascent_that_needs_no_labels(image):
     with pytest.raises(ValueError, match="cannot attack without labels"):
         SepAttack(image=image, text=SWAP).on_captions(tiny_clip(), tiny_images(2), some_captions(2))
@@ -332,7 +341,7 @@ def test_own_texts_score_as_in_a_loop(seed, n, classes):
         prompts = PROMPTS[:classes]
         prompts[labels[row]] = own[row]
         expected.append(int(ZeroShotClassifier(clip, prompts)(images[row : row + 1]).argmax(1)))
-    assert predictions(Pair(images, PROMPTS[:classes], own), labels, clip).tolist() == expected
+    assert judged(Pair(images, some_classes(PROMPTS[:classes]), own), labels, clip).tolist() == expected
 
 
 def test_an_own_text_that_is_another_class_prompt_ties_with_it():
@@ -340,15 +349,16 @@ def test_an_own_text_that_is_another_class_prompt_ties_with_it():
     clip, images = tiny_clip(), tiny_images(40)
     labels = torch.arange(40) % 2
     own = [PROMPTS[1 - label] for label in labels]
-    assert not predictions(Pair(images, PROMPTS[:2], own), labels, clip).any()
+    assert not judged(Pair(images, some_classes(PROMPTS[:2]), own), labels, clip).any()
 
 
 def test_pairs_without_own_texts_are_scored_with_their_prompts():
     clip, images = tiny_clip(), tiny_images()
     logits = ZeroShotClassifier(clip, PROMPTS[::-1])(images)
-    assert torch.equal(predictions(Pair(images, PROMPTS[::-1]), torch.zeros(24), clip), logits.argmax(1))
-    dark = lambda clip, prompts: lambda images: -ZeroShotClassifier(clip, prompts)(images)  # noqa: E731
-    assert torch.equal(predictions(Pair(images, PROMPTS[::-1]), torch.zeros(24), clip, dark), logits.argmin(1))
+    pair = Pair(images, some_classes(PROMPTS[::-1]))
+    assert torch.equal(judged(pair, torch.zeros(24), clip), logits.argmax(1))
+    dark = lambda classifier: lambda images: -classifier(images)  # noqa: E731
+    assert torch.equal(judged(pair, torch.zeros(24), clip, dark), logits.argmin(1))
 
 
 def test_a_prompt_set_is_attacked_once_per_model_and_attack():
@@ -356,14 +366,14 @@ def test_a_prompt_set_is_attacked_once_per_model_and_attack():
     labels = own_labels(clip, images)
     CALLS.clear()
     for attack in ATTACKS[:5] * 2:
-        attack.pairs(clip, PROMPTS, images, labels)
+        attack.pairs(Target(clip, CLASSES), images, labels)
     assert CALLS["prompts"] == 1
-    replace(ATTACKS[3], text=Swap(words=("odd",))).pairs(clip, PROMPTS, images, labels)
-    ATTACKS[3].pairs(clip, PROMPTS[:4], images, labels % 4)
+    replace(ATTACKS[3], text=Swap(words=("odd",))).pairs(Target(clip, CLASSES), images, labels)
+    ATTACKS[3].pairs(Target(clip, some_classes(PROMPTS[:4])), images, labels % 4)
     assert CALLS["prompts"] == 3
     with torch.no_grad():
         clip.weight.mul_(2)
-    ATTACKS[3].pairs(clip, PROMPTS, images, labels)
+    ATTACKS[3].pairs(Target(clip, CLASSES), images, labels)
     assert CALLS["prompts"] == 4
 
 
@@ -393,12 +403,12 @@ def test_the_worst_reading_is_never_weaker(loss, eps):
 def test_the_worst_reading_holds_the_three_pairs(attack):
     """Image alone, text alone, both; the third is the attack against the attacked prompts wherever that succeeds."""
     attack, clip, images = replace(attack, reading="worst"), tiny_clip(), tiny_images()
-    labels, attacked = own_labels(clip, images), SWAP(clip, PROMPTS)
-    alone, text, both = attack.pairs(clip, PROMPTS, images, labels)
-    assert (alone.prompts, text.prompts, both.prompts) == (PROMPTS, attacked, attacked)
+    labels, attacked = own_labels(clip, images), CLASSES.with_prompts(SWAP(clip, PROMPTS))
+    alone, text, both = attack.pairs(Target(clip, CLASSES), images, labels)
+    assert [pair.classes for pair in (alone, text, both)] == [CLASSES, attacked, attacked]
     assert torch.equal(text.images, images)
     aimed = attack.image(ZeroShotClassifier(clip, attacked), images, labels)
-    fooled = predictions(Pair(aimed, attacked), labels, clip) != labels
+    fooled = judged(Pair(aimed, attacked), labels, clip) != labels
     assert fooled.any()
     assert torch.equal(both.images[fooled], aimed[fooled])
     assert torch.equal(both.images[~fooled], alone.images[~fooled])
@@ -414,10 +424,10 @@ def test_the_worst_reading_holds_the_three_pairs(attack):
     ],
     ids=repr,
 )
-def test_to_the_end_fools_wherever_the_attack_does_and_climbs_higher(attack):
+def test_without_a_stop_it_fools_wherever_it_does_with_one_and_climbs_higher(attack):
     clip, images = tiny_clip(), tiny_images(60)
     labels, classifier = own_labels(clip, images), ZeroShotClassifier(clip, PROMPTS)
-    early, late = (run(attack, classifier, images, labels) for run in (PGD.__call__, to_the_end))
+    early, late = (run(classifier, images, labels) for run in (attack, attack.unstopped()))
     with torch.no_grad():
         first, last = classifier(early), classifier(late)
     fooled = first.argmax(1) != labels
@@ -430,7 +440,7 @@ def test_to_the_end_fools_wherever_the_attack_does_and_climbs_higher(attack):
     assert not (late == images).flatten(1).all(1).any(), "images that were wrong before are attacked, too"
 
 
-def test_to_the_end_prefers_a_point_that_fools_to_one_of_higher_loss():
+def test_without_a_stop_a_point_that_fools_is_preferred_to_one_of_higher_loss():
     """From p = (.45, .55, 0), where class 0 loses, to (.4, .3, .3), where it wins at a higher cross-entropy."""
 
     def classifier(points):
@@ -439,7 +449,7 @@ def test_to_the_end_prefers_a_point_that_fools_to_one_of_higher_loss():
 
     images, labels = torch.full((2, 3, SIDE, SIDE), 0.5), torch.zeros(2, dtype=torch.long)
     assert classifier(images + 0.1).argmax(1).tolist() == [0, 0]
-    found = to_the_end(PGD(eps=0.1, steps=20, random_start=False), classifier, images, labels)
+    found = PGD(eps=0.1, steps=20, start="image", stop=False)(classifier, images, labels)
     assert classifier(found).argmax(1).tolist() == [1, 1]
     assert (found - images).abs().max() > 0.03, "the last one that fools"
 
@@ -448,7 +458,7 @@ def test_other_image_attacks_run_as_they_are():
     clip, images = tiny_clip(), tiny_images()
     labels, classifier = own_labels(clip, images), ZeroShotClassifier(clip, PROMPTS)
     attack = SepAttack(image=FGSM(eps=0.01), text=SWAP)
-    (pair,) = attack.pairs(clip, PROMPTS, images, labels)
+    (pair,) = attack.pairs(Target(clip, CLASSES), images, labels)
     assert torch.equal(pair.images, attack.image(classifier, images, labels))
 
 
@@ -456,7 +466,7 @@ def test_in_retrieval_sep_attack_is_co_attack_without_texts():
     """Both maximise KL(softmax(u) || softmax(u')); with weight 0 Co-Attack does not look at its texts."""
     clip, images, captions = tiny_clip(), tiny_images(), some_captions(24)
     sep = SepAttack(image=PGD(eps=0.05, steps=5, step_size=0.02, seed=4), text=SWAP)
-    co = CoAttack(eps=0.05, steps=5, step_size=0.02, seed=4, weight=0, start="two-sided", text=SWAP)
+    co = CoAttack(eps=0.05, steps=5, step_size=0.02, seed=4, weight=0, start="random", text=SWAP)
     (one, texts), (two, others) = (attack.on_captions(clip, images, captions) for attack in (sep, co))
     assert torch.equal(one, two)
     assert texts == others
@@ -473,7 +483,7 @@ def test_the_divergence_of_unit_vectors_is_nearly_one_minus_cosine_over_d(seed, 
     """It is SciPy's entropy, half the variance of u - u' within 2 %, and so (1 - cos) / d where the means agree."""
     u, v = F.normalize(torch.randn(2, 50, dimensions, generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
     v = F.normalize(share * u + (1 - abs(share)) * v, dim=-1)
-    found = divergence(lambda points: v[points], (1, u))(torch.arange(50), torch.arange(50))
+    found = divergence(lambda points: v[points], ((1, u),), torch.arange(50), torch.arange(50))[0]
     assert torch.allclose(found, (u - v).var(1, unbiased=False) / 2, rtol=0.02, atol=1e-12)
     nearly = torch.isclose(found, (1 - (u * v).sum(1)) / dimensions, rtol=0.02, atol=1e-12)
     assert nearly.double().mean() >= 0.9
@@ -486,7 +496,7 @@ def test_float32_features_are_compared_in_double_precision():
     u = F.normalize(torch.randn(64, 512, generator=torch.Generator().manual_seed(1)).double(), dim=1)
     v = F.normalize(u + 0.01 * u.roll(1, 0), dim=1)
     rows = torch.arange(64)
-    single = divergence(lambda points: v.float(), (1, u.float().double()))(rows, rows)
+    single = divergence(lambda points: v.float(), ((1, u.float().double()),), rows, rows)[0]
     assert torch.allclose(single, (1 - (u * v).sum(1)) / 512, rtol=0.02)
 
 
@@ -500,7 +510,7 @@ def test_the_mean_distribution_stands_for_several_captions():
         apart = torch.stack([
             sum(F.kl_div(q.log_softmax(0), p.softmax(0), reduction="sum") for p in group) / len(group) for q in points
         ])  # fmt: skip
-        joint = divergence(lambda where: points[where], (1, means))(torch.arange(7), torch.full((7,), row))
+        joint = divergence(lambda where: points[where], ((1, means),), torch.arange(7), torch.full((7,), row))[0]
         assert torch.allclose(apart - joint, (apart - joint)[0].expand(7), atol=1e-12)
 
 
@@ -527,15 +537,15 @@ def plain_co_attack(clip, images, texts, labels, eps, steps, weight, start):
     return torch.cat(results)
 
 
-@pytest.mark.parametrize("start", ["one-sided", "two-sided"])
+@pytest.mark.parametrize("start", ["one-sided", "random"])
 @pytest.mark.parametrize(("steps", "weight"), [(1, 3), (10, 3), (5, 0.5)])
 def test_co_attack_is_what_its_equation_says(start, steps, weight):
     clip, images = tiny_clip(dtype=torch.float64), tiny_images(8).double()
     labels = torch.arange(8) % 6
     attack = CoAttack(eps=0.04, steps=steps, weight=weight, start=start, text=SWAP)
-    (pair,) = attack.pairs(clip, PROMPTS, images, labels)
+    (pair,) = attack.pairs(Target(clip, CLASSES), images, labels)
     attacked = SWAP(clip, PROMPTS)
-    assert pair.prompts == attacked
+    assert pair.classes.prompts == tuple(attacked)
     assert pair.own is None
     expected = plain_co_attack(clip, images, attacked, labels, 0.04, steps, weight, start)
     assert torch.allclose(pair.images, expected, atol=1e-9)
@@ -546,11 +556,11 @@ def test_co_attack_leaves_its_texts_and_itself():
     clip, images = tiny_clip(), tiny_images()
     labels, cosines = own_labels(clip, images), {}
     for weight in (0, 3, 1000):
-        (pair,) = CoAttack(eps=0.03, weight=weight, text=SWAP).pairs(clip, PROMPTS, images, labels)
+        (pair,) = CoAttack(eps=0.03, weight=weight, text=SWAP).pairs(Target(clip, CLASSES), images, labels)
         with torch.no_grad():
             features = clip.encode_images(pair.images)
             away = (features * clip.encode_images(images)).sum(1).mean()
-            toward = (features * clip.text_features(pair.prompts)[labels]).sum(1).mean()
+            toward = (features * clip.text_features(pair.classes.prompts)[labels]).sum(1).mean()
         cosines[weight] = (away.item(), toward.item())
     assert cosines[0][0] < cosines[3][0] < cosines[1000][0] < 0.99
     assert cosines[0][1] > cosines[3][1] > cosines[1000][1]
@@ -558,12 +568,14 @@ def test_co_attack_leaves_its_texts_and_itself():
 
 def test_one_sided_starts_lie_above_the_image():
     images = tiny_images(40).mul(0.5).add(0.2)
-    starts = {kind: kind(eps=0.1, seed=5).start(images, 0) - images for kind in (OneSidedSteps, Steps)}
-    assert -1e-7 <= starts[OneSidedSteps].min() < 1e-3
-    assert 0.099 < starts[OneSidedSteps].max() <= 0.1 + 1e-7
-    assert starts[OneSidedSteps].mean() == pytest.approx(0.05, abs=2e-3)
-    assert starts[Steps].min() < -0.099
-    assert (OneSidedSteps(eps=1).start(images, 0) <= 1).all()
+    starts = {
+        start: PGD(eps=0.1, seed=5, start=start).first_points(images) - images for start in ("one-sided", "random")
+    }
+    assert -1e-7 <= starts["one-sided"].min() < 1e-3
+    assert 0.099 < starts["one-sided"].max() <= 0.1 + 1e-7
+    assert starts["one-sided"].mean() == pytest.approx(0.05, abs=2e-3)
+    assert starts["random"].min() < -0.099
+    assert (PGD(eps=1, start="one-sided").first_points(images) <= 1).all()
 
 
 # --- SGA --------------------------------------------------------------------------------------------------------------
@@ -574,13 +586,13 @@ def test_sga_without_scales_and_noise_is_an_ascent_away_from_its_texts():
     clip, images = tiny_clip(dtype=torch.float64), tiny_images(8).double()
     labels = torch.arange(8) % 6
     attack = SGA(eps=0.2, steps=6, scales=(1,), noise=0, text=Swap(words=MANY))
-    (pair,) = attack.pairs(clip, PROMPTS, images, labels)
+    (pair,) = attack.pairs(Target(clip, CLASSES), images, labels)
     clean = [PROMPTS[label] for label in labels]
     with torch.no_grad():
         first = attack.text.against(clip, clean, clip.encode_images(images))
         second = attack.text.against(clip, clean, clip.encode_images(pair.images))
     texts = clip.text_features(first)
-    assert (pair.prompts, pair.own) == (PROMPTS, second)
+    assert (pair.classes, pair.own) == (CLASSES, second)
     start = (images + 0.2 * own_noise(images, 0)).clamp(0, 1)
     point, best, highest = start, images.clone(), torch.full((8,), -torch.inf, dtype=torch.float64)
     for _ in range(7):
@@ -659,29 +671,53 @@ def test_the_image_of_sga_is_looked_at_with_this_noise(monkeypatch):
 # --- attackers who know a defense -------------------------------------------------------------------------------------
 
 
-def mirrored(clip, prompts):
-    """A defended classifier: sees images mirrored and a little dark."""
-    classifier = ZeroShotClassifier(clip, prompts)
+@component
+class Mirrored(Defense):
+    """Sees images mirrored and a little dark."""
+
+    def logits(self, classifier, images, draw):
+        return classifier(0.9 * images.flip(3))
+
+
+def mirrored(classifier):
+    """The same as a plain callable."""
     return lambda images: classifier(0.9 * images.flip(3))
 
 
-def test_the_encoder_seen_through_a_defense():
+@pytest.mark.parametrize("defense", [Mirrored(), mirrored], ids=["ours", "a callable"])
+def test_the_features_seen_through_a_defense(defense):
     clip, images = tiny_clip(), tiny_images()
-    assert encoder(clip, ZeroShotClassifier, PROMPTS) == clip.encode_images
-    seen = encoder(clip, mirrored, PROMPTS)
+    assert Target(clip, CLASSES).features() == clip.encode_images
+    seen = Target(clip, CLASSES, defense).features()
     assert torch.allclose(seen(images), clip.encode_images(0.9 * images.flip(3)), atol=1e-6)
-    texts = clip.text_features(PROMPTS)
-    assert torch.equal(clip.text_features(PROMPTS), texts), "the CLIP itself keeps its texts"
+
+
+@component
+class SeveralTexts(Defense):
+    """Asks the text tower itself for several texts per class, as methods with class descriptions do."""
+
+    def logits(self, classifier, images, draw):
+        texts = [f"{prompt} in the {place}" for prompt in classifier.prompts for place in ("snow", "night", "old sea")]
+        features = classifier.clip.text_features(texts).unflatten(0, (-1, 3)).mean(1)
+        features = features if classifier.prompts[0] == PROMPTS[0] else classifier.text_features
+        return 20 * classifier.clip.encode_images(images) @ features.T
+
+
+@pytest.mark.parametrize("attack", [CoAttack(eps=0.1, text=SWAP), SGA(eps=0.1, steps=2, text=SWAP)], ids=repr)
+def test_aware_attacks_on_a_defense_with_several_texts_per_class(attack):
+    clip, images = tiny_clip(), tiny_images()
+    (pair,) = attack.pairs(Target(clip, CLASSES, SeveralTexts()), images, own_labels(clip, images))
+    assert not torch.equal(pair.images, images)
 
 
 @table
 def test_attackers_who_know_the_defense_win_more(attack):
     clip, images = tiny_clip(5), tiny_images(90)
     with torch.no_grad():
-        labels = mirrored(clip, PROMPTS)(images).argmax(1)
-    blind = attack.pairs(clip, PROMPTS, images, labels)
-    unaware = torch.stack([predictions(pair, labels, clip, mirrored) == labels for pair in blind]).all(0)
-    aware = stands(attack, clip, images, labels, mirrored)
+        labels = mirrored(ZeroShotClassifier(clip, PROMPTS))(images).argmax(1)
+    blind = attack.pairs(Target(clip, CLASSES), images, labels)
+    unaware = torch.stack([judged(pair, labels, clip, Mirrored()) == labels for pair in blind]).all(0)
+    aware = stands(attack, clip, images, labels, Mirrored())
     assert aware.sum() < unaware.sum()
 
 
@@ -692,8 +728,8 @@ def test_on_the_embedded_model():
     """With BERT-Attack on a real CLIP all attacks beat clean accuracy, and the worst reading beats each other one."""
     clip, entry = models.load(device="cpu"), role("cifar10")
     images, labels, _, _ = tinyworld_samples("cifar10", "test", 24)
-    images, prompts, pgd = images.float() / 255, list(entry.prompts), PGD(eps=2 / 255, steps=5)
-    right = predictions(Pair(images, prompts), labels, clip) == labels
+    images, pgd = images.float() / 255, PGD(eps=2 / 255, steps=5)
+    right = judged(Pair(images, entry.classes), labels, clip) == labels
     attacks = [
         *(SepAttack(image=pgd, reading=reading) for reading in ("released", "attacked", "worst")),
         CoAttack(eps=2 / 255, steps=5),
@@ -701,8 +737,8 @@ def test_on_the_embedded_model():
     ]
     standing = []
     for attack in attacks:
-        pairs = attack.pairs(clip, prompts, images, labels)
-        standing.append(torch.stack([predictions(pair, labels, clip) == labels for pair in pairs]).all(0))
+        pairs = attack.pairs(Target(clip, entry.classes), images, labels)
+        standing.append(torch.stack([judged(pair, labels, clip) == labels for pair in pairs]).all(0))
         assert max(float((pair.images - images).abs().max()) for pair in pairs) <= 2 / 255 + 1e-6
     assert all(left.sum() < right.sum() for left in standing)
     assert (standing[0] | ~standing[2]).all()
@@ -716,6 +752,6 @@ def test_feature_attacks_serve_sep_attack():
     attack, labels = SepAttack(image=FeaturePGD(eps=0.05), text=SWAP), own_labels(clip, images)
     found, _ = attack.on_captions(clip, images, some_captions(6))
     assert not torch.equal(found, images)
-    (pair,) = attack.pairs(clip, PROMPTS, images, labels)
+    (pair,) = attack.pairs(Target(clip, CLASSES), images, labels)
     assert torch.equal(pair.images, attack.image(ZeroShotClassifier(clip, PROMPTS), images, labels))
     assert issubclass(SepAttack, MultimodalAttack)

@@ -12,12 +12,13 @@ from torch import nn
 
 from robustclip import models
 from robustclip.attacks import PGD, FeaturePGD
+from robustclip.attacks.base import Retriever
 from robustclip.attacks.multimodal import CoAttack, SepAttack
 from robustclip.attacks.text import BertAttack, TextAttack
 from robustclip.component import component
 from robustclip.data.sources import load_samples
 from robustclip.study import retrieval
-from robustclip.study.retrieval import Retriever, attacked_recalls, captions_of, ranks, recalls
+from robustclip.study.retrieval import attacked_recalls, captions_of, ranks, recalls
 from robustclip.study.statistics import wilson
 
 

@@ -195,7 +195,7 @@ def test_it_breaks_what_hides_its_gradient():
     labels = predicted(rounded, images)
     with torch.inference_mode():
         found = Square(eps=0.06, queries=300)(rounded, images, labels)
-    blind = PGD(eps=0.06, steps=30, random_start=False)(rounded, images, labels)
+    blind = PGD(eps=0.06, steps=30, start="image")(rounded, images, labels)
     assert (predicted(rounded, found) == labels).sum() < 8
     assert (predicted(rounded, blind) == labels).sum() > 48
 

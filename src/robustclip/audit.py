@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robustclip.attacks.base import MAX_SEED, NORMS, Classifier, frozen
+from robustclip.attacks.ascent import NORMS
+from robustclip.attacks.base import MAX_SEED, Classifier, frozen
 from robustclip.attacks.gradient import FGSM, PGD, LossAscent, UniformNoise
 from robustclip.attacks.losses import LOSSES, margin
-from robustclip.attacks.multimodal import to_the_end
 from robustclip.attacks.square import Square
 from robustclip.checks import check_choice, check_images, check_integer, check_labels
 from robustclip.fast import fast_classifier
@@ -269,8 +269,8 @@ def neighbours(case: Case) -> Seen:
 
 def noise(case: Case) -> Seen:
     """Uniform noise must not break what the attack could not."""
-    starts = [PGD(**case.ball(), seed=seed).start for seed in case.seeds(DRAWS)]
-    draws = [lambda classifier, images, labels, start=start: start(images, 0) for start in starts]
+    starts = [PGD(**case.ball(), seed=seed).first_points for seed in case.seeds(DRAWS)]
+    draws = [lambda classifier, images, labels, start=start: start(images) for start in starts]
     return case.rival(f"{DRAWS} draws of uniform noise", draws)
 
 
@@ -278,7 +278,7 @@ def single_step(case: Case) -> Seen:
     """One step of length eps must not break what the iterative attack could not."""
     several = not isinstance(_innermost(case.attack), FGSM | UniformNoise) and case.setting("steps") != 1
     require(several, "the attack does not take several steps itself")
-    step = PGD(**case.ball(), steps=1, step_size=case.setting("eps"), random_start=False)
+    step = PGD(**case.ball(), steps=1, step_size=case.setting("eps"), start="image")
     return case.rival("A single gradient step", [step])
 
 
@@ -328,8 +328,8 @@ def transfer(case: Case) -> Seen:
 
     They do not stop at the first success: what just fools one classifier seldom fools another.
     """
-    attack, (other, name) = PGD(**case.ball(), seed=case.seed), _surrogate(case)
-    return case.rival(f"Adversarial images made on {name}", [lambda _, *pair: to_the_end(attack, other, *pair)])
+    attack, (other, name) = PGD(**case.ball(), seed=case.seed, stop=False), _surrogate(case)
+    return case.rival(f"Adversarial images made on {name}", [lambda _, *pair: attack(other, *pair)])
 
 
 def _surrogate(case: Case) -> tuple[Classifier, str]:
@@ -356,7 +356,7 @@ def more_steps(case: Case) -> Seen:
 def more_restarts(case: Case) -> Seen:
     """Four more runs from other random points must not break more."""
     seeds = case.seeds(RESTARTS)
-    attacks = [_changed(case.attack, "seed", seed=seed, restarts=1, random_start=True) for seed in seeds]
+    attacks = [_changed(case.attack, "seed", seed=seed, restarts=1, start="random") for seed in seeds]
     return case.rival(f"{RESTARTS} more random starts", attacks)
 
 

@@ -5,7 +5,8 @@ from functools import partial
 from torch import Tensor
 
 from robustclip.attacks.apgd import APGD
-from robustclip.attacks.base import Attack, Classifier, Outcome, best_of
+from robustclip.attacks.ascent import Outcome, best_of
+from robustclip.attacks.base import Attack, Classifier
 from robustclip.attacks.from_torchattacks import FromTorchattacks
 from robustclip.attacks.losses import margin
 from robustclip.attacks.square import Square
@@ -56,6 +57,11 @@ class AutoAttack(Attack):
         ascent = {"loss": "ce" if part == "apgd-ce" else "dlr", "targets": 9 if part == "apgd-t" else 0}
         return APGD(steps=self.steps, norm=self.norm, draws=self.draws, **ascent, **budget)
 
+    def passes(self, classes: int) -> tuple[int, int]:
+        """Those of the parts, each with a look at what it made, and one to see which images stand."""
+        forward, backward = zip(*(self.attack(part).passes(classes) for part in self.parts), strict=True)
+        return self.draws + sum(forward) + (self.draws - 1) * len(self.parts), sum(backward)
+
     def look(self, classifier: Classifier, images: Tensor) -> Tensor:
         """Logits, or probabilities averaged over the draws."""
         return self.attack("apgd-ce").look(classifier, images)
@@ -66,6 +72,6 @@ class AutoAttack(Attack):
         def run(part: str, rows: Tensor) -> Outcome:
             found = self.attack(part).perturb(classifier, images[rows], labels[rows])
             scores = self.look(classifier, found)
-            return found, margin(scores, labels[rows]), self.won(scores, labels[rows])
+            return Outcome(found, margin(scores, labels[rows]), self.won(scores, labels[rows]))
 
         return best_of((partial(run, part) for part in self.parts), images)

@@ -1,63 +1,154 @@
-"""What all image attacks share: norms, randomness, gradients, and who is attacked at all.
+"""What all attacks share: what an attacker faces, what it returns, who is attacked at all, and what is checked.
 
-An attack is a frozen dataclass; calling it returns adversarial images. What happens to an image depends on that image
-and the attack's seed only, never on its neighbors in the batch: random numbers are seeded by the image's own bytes.
+An attack is a frozen dataclass; calling it returns adversarial images or texts, `pairs` what it makes of a `Target`.
+What happens to an image depends on that image and the attack's seed only, never on its neighbors in the batch: random
+numbers are seeded by the image's own bytes.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from robustclip.attacks.ascent import NORMS
 from robustclip.attacks.losses import fooled
 from robustclip.checks import check_choice, check_images, check_integer, check_labels, check_range
+from robustclip.classes import Classes
 from robustclip.component import component
-from robustclip.randomness import own_noise  # noqa: F401 used by other attacks
+from robustclip.models import Clip, ZeroShotClassifier
 
 Classifier = Callable[[Tensor], Tensor]
-Outcome = tuple[Tensor, Tensor, Tensor]  # of one run: images, what it maximised in float64, which have won
+Captions = list[list[str]]  # one list per image
 MAX_SEED = 2**31 - 1
+TOGETHER = 128  # images whose captions are attacked together
 
 
-# --- norms ------------------------------------------------------------------------------------------------------------
+# --- what an attacker faces, and what it returns ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Norm:
-    """What an attack has to know of the norm that measures its budget; changes are (n, 3, h, w)."""
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What an attacker faces: a CLIP, the classes it chooses between, and the defense if the attacker knows it."""
 
-    random: Callable[[Tensor, float], Tensor]  # (noise uniform in [-1, 1], eps) -> a point of the ball
-    ascend: Callable[[Tensor], Tensor]  # gradient -> direction of steepest ascent, of unit length
-    project: Callable[[Tensor, float], Tensor]  # (change, eps) -> nearest point of the ball
+    clip: Clip
+    classes: Classes
+    defense: Callable[[Classifier], Classifier] | None = None
+    held_out: Callable[[int], tuple[Tensor, Tensor]] | None = None  # n -> labelled training images, for who asks
+    _built: dict[Classes | None, Classifier] = field(default_factory=dict, init=False, repr=False)
+
+    def classifier(self, classes: Classes | None = None) -> Classifier:
+        """Images to the logits of the classes, as the attacker sees them: with a gradient through the defense."""
+        classes = self.classes if classes is None else classes
+        if classes not in self._built:
+            self._built[classes] = self._seen(ZeroShotClassifier(self.clip, classes))
+        return self._built[classes]
+
+    def features(self) -> Classifier:
+        """Images to unit features (n, d): the CLIP's own, or what the defense leaves of them."""
+        if self.defense is None:
+            return self.clip.encode_images
+        if None not in self._built:
+            self._built[None] = self._seen(ZeroShotClassifier.of_axes(self.clip))
+        return lambda images: F.normalize(self._built[None](images).float(), dim=1)
+
+    def _seen(self, classifier: Classifier) -> Classifier:
+        defended = classifier if self.defense is None else self.defense(classifier)
+        return defended.for_attack() if hasattr(defended, "for_attack") else defended
 
 
-def _length(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=1e-12)
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Attacked images and the classes, with their prompts, that they are scored with."""
+
+    images: Tensor  # (n, 3, h, w)
+    classes: Classes
+    own: list[str] | None = None  # for image i, text i stands in for the prompt of its true class
 
 
-def _random_l2(noise: Tensor, eps: float) -> Tensor:
-    """A random direction at a radius uniform in [0, eps], taken from the first entry of the noise."""
-    return eps * noise.flatten(1)[:, 0].abs().view(-1, 1, 1, 1) * (noise / _length(noise))
+def predictions(pair: Pair, labels: Tensor, build: Callable[[Classes], Classifier]) -> Tensor:
+    """Predicted classes (n,) of a pair by the classifier that `build` makes for its classes.
+
+    The true ones (n,) only say where an image's own text belongs.
+    """
+    classes, own = pair.classes, pair.own or []
+    more = [text for text in dict.fromkeys(own) if text not in classes.prompts]
+    if more:
+        classes = Classes((*classes.names, *more), (*classes.prompts, *more))
+    with torch.no_grad():
+        logits = build(classes)(pair.images)
+    if own:
+        columns = torch.tensor([[classes.prompts.index(text)] for text in own], device=logits.device)
+        logits = logits.scatter(1, labels[:, None].long(), logits.gather(1, columns))
+    return logits[:, : len(pair.classes)].argmax(1)
 
 
-NORMS = {
-    "linf": Norm(lambda noise, eps: eps * noise, torch.sign, lambda delta, eps: delta.clamp(-eps, eps)),
-    "l2": Norm(
-        _random_l2, lambda delta: delta / _length(delta), lambda delta, eps: delta * (eps / _length(delta)).clamp(max=1)
-    ),
-}
+class Retriever(ZeroShotClassifier):
+    """Images to one logit per image of the set, that of its best caption: its accuracy is image-to-text recall@1."""
+
+    def __init__(self, clip: Clip, captions: Captions) -> None:
+        super().__init__(clip, list(chain(*captions)))
+        self.sizes = [len(group) for group in captions]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) pixels in [0, 1] to (n, images of the set) logits."""
+        return torch.stack([part.amax(1) for part in super().forward(images).split(self.sizes, 1)], 1)
 
 
-# --- shared behaviour -------------------------------------------------------------------------------------------------
+# --- input checks -----------------------------------------------------------------------------------------------------
+
+
+def check_attackable(images: Tensor) -> Tensor:
+    """Return `images` if an attack can keep a budget on them, else raise ValueError."""
+    if check_images(images).dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"images are {images.dtype}, whose pixels are too coarse for a budget to be kept; give images.float(), and "
+            "let a model in half precision cast them itself"
+        )
+    return images
+
+
+def check_captions(captions: Sequence[Sequence[str]], images: int) -> None:
+    """Raise ValueError unless there is a list of at least one caption for each image."""
+    if len(captions) != images or any(isinstance(group, str) or not len(group) for group in captions):
+        raise ValueError(f"captions must be {images} lists, one per image, of one text or more, got {captions!r:.80}")
+
+
+def check_logits(logits: Tensor, images: int) -> Tensor:
+    """Return what a classifier said of so many images if it is a table of numbers, else raise ValueError."""
+    shape = tuple(getattr(logits, "shape", ()))
+    if not isinstance(logits, Tensor) or len(shape) != 2 or shape[0] != images:
+        found = f"shape {shape}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the classifier must return logits of shape ({images}, classes), got {found}")
+    if logits.isnan().any():
+        raise ValueError("the classifier gives NaN logits, by which no success can be told; restore or retrain it")
+    return logits
+
+
+def check_settings(attack: Any) -> None:
+    """Raise ValueError unless the budget and the amounts of work of an attack are in range."""
+    norm = check_choice("norm", getattr(attack, "norm", "linf"), NORMS)
+    check_range("eps", attack.eps, 0, math.inf if norm == "l2" else 1)
+    for name in ("steps", "queries", "restarts", "draws"):
+        check_integer(name, getattr(attack, name, 1), 1)
+    check_integer("seed", getattr(attack, "seed", 0), 0, MAX_SEED)
+
+
+def regroup(texts: Sequence[str], captions: Captions) -> Captions:
+    """The texts in groups as long as those of `captions`."""
+    following = iter(texts)
+    return [[next(following) for _ in group] for group in captions]
 
 
 @contextmanager
-def frozen(classifier: Classifier):
-    """Turn weight gradients off and leave training mode while attacking; restore both afterwards."""
+def frozen(classifier: Classifier) -> Iterator[None]:
+    """Turn weight gradients off and leave training and inference mode while attacking; restore all afterwards."""
     if not isinstance(classifier, nn.Module):
         classifier = nn.Identity()
     asking = [weight for weight in classifier.parameters() if weight.requires_grad]
@@ -66,7 +157,8 @@ def frozen(classifier: Classifier):
         weight.requires_grad_(False)
     classifier.eval()
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for weight in asking:
             weight.requires_grad_(True)
@@ -74,52 +166,74 @@ def frozen(classifier: Classifier):
             module.training = True
 
 
-def check_gradient(logits: Tensor) -> Tensor:
-    """Return what a classifier computed if gradients can flow back through it, else raise ValueError."""
-    if not logits.requires_grad:
-        raise ValueError("the classifier's logits carry no gradient; remove no_grad or detach from its forward pass")
-    return logits
+# --- kinds of attack --------------------------------------------------------------------------------------------------
 
 
-def input_gradient(outputs: Tensor, images: Tensor, upper: Tensor | None = None) -> Tensor:
-    """Gradient of the sum of `outputs`, or of their product with `upper`, with respect to the images.
+class Adversary(ABC):
+    """Every kind of attack: on images, on texts, on both."""
 
-    One that is missing or not a number would fake robustness, so it is an error.
-    """
-    upper = torch.ones_like(outputs) if upper is None else upper
-    (gradient,) = torch.autograd.grad(check_gradient(outputs), images, upper, retain_graph=upper.ndim > 1)
-    if gradient.isnan().any():
-        raise ValueError("the classifier's gradient contains NaN; look for square roots or divisions at zero in it")
-    return gradient
+    eps: float  # the image budget; 0 where images stay as they are
+    changes_images: ClassVar[bool]
+    changes_texts: ClassVar[bool]
+    pairs_made = 1  # how many pairs it offers, at most
+
+    @abstractmethod
+    def pairs(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
+        """What it makes of (n, 3, h, w) pixels in [0, 1] with (n,) true labels.
+
+        It has won an image as soon as one pair is misclassified.
+        """
+
+    @abstractmethod
+    def on_captions(self, clip: Clip, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+        """Attacked images (n, 3, h, w) and captions, of which every image has one or more."""
+
+    @abstractmethod
+    def passes(self, classes: int) -> tuple[int, int]:
+        """Calls of the classifier, forward and backward, per image and at most, on a head of so many classes."""
+
+    @property
+    def inner(self) -> Any:
+        """The attack inside those that only run another one on the images, such as `Fast`; else itself."""
+        return self
+
+    def at_precision(self, precision: str) -> "Adversary":
+        """The same with image gradients in this precision, judged in float32, as far as it follows any."""
+        return self
 
 
-def best_of(runs: Iterable[Callable[[Tensor], Outcome]], images: Tensor) -> Tensor:
-    """The first image of any run that wins, else the one of highest value; a run gets the rows that still stand."""
-    best, highest = images.clone(), images.new_full((len(images),), -torch.inf, dtype=torch.float64)
-    standing = torch.arange(len(images), device=images.device)
-    for run in runs:
-        found, values, won = run(standing)
-        better = won | (values > highest[standing])
-        best[standing[better]], highest[standing[better]] = found[better], values[better].double()
-        standing = standing[~won]
-        if not len(standing):
-            break
-    return best
+class ImageAdversary(Adversary):
+    """An attack that is called with a classifier, images and labels and returns images."""
+
+    changes_images: ClassVar[bool] = True
+    changes_texts: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images for (n, 3, h, w) pixels in [0, 1] and (n,) true labels."""
+
+    def pairs(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
+        """One pair, of the adversarial images and the clean prompts."""
+        return [Pair(self(target.classifier(), images, labels), target.classes)]
+
+    def on_captions(self, clip: Clip, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+        """Images against recall@1 of their captions among all captions; the captions stay."""
+        check_captions(captions, len(check_attackable(images)))
+        labels = torch.arange(len(images), device=images.device)
+        parts = zip(images.split(TOGETHER), labels.split(TOGETHER), strict=True)
+        gallery = Retriever(clip, captions) if captions else None
+        return torch.cat([self(gallery, *part) if gallery else images for part in parts]), captions
 
 
 @component
-class Attack(ABC):
-    """What all image attacks share: input checks, and no work on images that are already misclassified."""
+class Attack(ImageAdversary):
+    """What our image attacks share: input checks, and no work on images that are already misclassified."""
 
+    stop = True  # whether an image that fools is left alone
     eps: float
 
     def __post_init__(self) -> None:
-        norm = check_choice("norm", getattr(self, "norm", "linf"), NORMS)
-        check_range("eps", self.eps, 0, math.inf if norm == "l2" else 1)
-        for name in ("steps", "queries", "restarts", "draws"):
-            if hasattr(self, name):
-                check_integer(name, getattr(self, name), 1)
-        check_integer("seed", getattr(self, "seed", 0), 0, MAX_SEED)
+        check_settings(self)
 
     @abstractmethod
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
@@ -128,7 +242,7 @@ class Attack(ABC):
     def look(self, classifier: Classifier, images: Tensor) -> Tensor:
         """The scores (n, classes) by which the attacker judges whether an image fools."""
         with torch.no_grad():
-            return classifier(images)
+            return check_logits(classifier(images), len(images))
 
     def won(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Where the attacker has what it wants: any other class first."""
@@ -136,14 +250,14 @@ class Attack(ABC):
 
     def __call__(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images for (n, 3, h, w) pixels in [0, 1] and (n,) true labels; misclassified ones come back."""
-        check_images(images)
-        adversarial = images.detach().clone()
-        if not len(images):
-            return adversarial
+        check_attackable(images)
         with frozen(classifier):
+            adversarial = images.detach().clone(memory_format=torch.contiguous_format)
+            if not len(images):
+                return adversarial
             scores = self.look(classifier, adversarial)
-            labels = check_labels(labels, scores.shape[1], len(images)).long()
-            standing = (~self.won(scores, labels)).nonzero()[:, 0]
+            labels = check_labels(labels, scores.shape[1], len(images)).clone().long()
+            standing = (~self.won(scores, labels) | (not self.stop)).nonzero()[:, 0]
             if self.eps and len(standing):
                 adversarial[standing] = self.perturb(classifier, adversarial[standing], labels[standing])
         return adversarial
@@ -165,3 +279,87 @@ class Attack(ABC):
             standing = standing[~self.won(scores, labels[standing])]
             found[eps] = current.clone()
         return found
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """One to see which images stand, and those of its steps."""
+        steps = getattr(self, "steps", 1)
+        return 1 + steps, steps
+
+    def unstopped(self) -> "Attack":
+        """The same without a stop where an image fools, if it has one."""
+        return self
+
+    def at_precision(self, precision: str) -> ImageAdversary:
+        """Inside `Fast`, which judges in float32."""
+        from robustclip.attacks.fast import Fast
+
+        return self if precision == "float32" else Fast(attack=self, precision=precision)
+
+
+@component
+class OwnAttack(ImageAdversary):
+    """Any other callable (classifier, images, labels) -> images, whose output is checked.
+
+    It keeps its budget if it has an `eps`, measured by its `norm` ("linf" or "l2").
+    """
+
+    attack: Callable[[Classifier, Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.attack) or " at 0x" in repr(self.attack):
+            raise ValueError(
+                f"{self.attack!r} is no attack whose repr tells its settings; make it a frozen dataclass with a "
+                "__call__(classifier, images, labels)"
+            )
+
+    @property
+    def eps(self) -> float:
+        """Its budget; infinite if it declares none."""
+        return getattr(self.attack, "eps", math.inf)
+
+    @property
+    def inner(self) -> Any:
+        """The callable itself, which has the settings."""
+        return self.attack
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """What it says of itself, else one each way for each of its steps."""
+        if hasattr(self.attack, "passes"):
+            return self.attack.passes(classes)
+        steps = getattr(self.attack, "steps", 1)
+        return 1 + steps, steps
+
+    def __call__(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """What it returns, if that can be scored and keeps the budget."""
+        found = self.attack(classifier, check_images(images), labels)
+        try:
+            if check_images(found).shape != images.shape:
+                raise ValueError(f"their shape is {tuple(found.shape)} instead of {tuple(images.shape)}")
+            if (excess := self._excess(found.detach() - images)) > 1e-5 + 1e-4 * self.eps:
+                raise ValueError(f"they leave the budget eps={self.eps} by {excess:.3g}; project them into it")
+        except ValueError as error:
+            raise ValueError(f"what {self.attack!r} returned cannot be scored: {error}") from error
+        return found.detach()
+
+    def _excess(self, change: Tensor) -> float:
+        """How far the worst change lies outside the ball."""
+        norm = getattr(self.attack, "norm", "linf")
+        if self.eps == math.inf or norm not in NORMS or not len(change):
+            return 0.0
+        return float((change - NORMS[norm].project(change, self.eps)).abs().max())
+
+
+def as_attack(attack: Callable) -> Adversary:
+    """Our attacks as they are, instances of torchattacks adapted, any other callable as `OwnAttack`."""
+    if isinstance(attack, Adversary):
+        return attack
+    if not is_theirs(type(attack)):
+        return OwnAttack(attack=attack)
+    from robustclip.attacks.from_torchattacks import adapt
+
+    return adapt(attack)
+
+
+def is_theirs(kind: type) -> bool:
+    """Whether `kind` is an attack of torchattacks; found out without importing it."""
+    return any(f"{base.__module__}.{base.__name__}" == "torchattacks.attack.Attack" for base in kind.__mro__)

@@ -1,9 +1,12 @@
 """Attack in low precision, judge in float32."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from robustclip.attacks.base import Attack, Classifier, frozen
+from robustclip.attacks.base import Attack, Classifier, ImageAdversary, frozen
 from robustclip.checks import check_choice
 from robustclip.component import component
 from robustclip.fast import fast_classifier
@@ -11,7 +14,7 @@ from robustclip.models import PRECISIONS, ZeroShotClassifier
 
 
 @component
-class Fast:
+class Fast(ImageAdversary):
     """Another attack, its gradients taken on the classifier's `fast` twin: Fast(attack=PGD(eps=4/255)).
 
     Every image is shown to the classifier itself in float32. One that still stands is attacked again, on the twin in
@@ -32,6 +35,24 @@ class Fast:
     def eps(self) -> float:
         """The budget of the attack inside."""
         return self.attack.eps
+
+    @property
+    def inner(self) -> Any:
+        """The attack inside."""
+        return self.attack.inner
+
+    def unstopped(self) -> "Fast":
+        """The same without a stop where an image fools."""
+        return replace(self, attack=self.attack.unstopped())
+
+    def at_precision(self, precision: str) -> ImageAdversary:
+        """The attack inside in another precision."""
+        return self.attack.at_precision(precision)
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """Those of the attack, and two looks at what it made."""
+        forward, backward = self.attack.passes(classes)
+        return forward + 2, backward
 
     def __call__(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images for (n, 3, h, w) pixels in [0, 1] and (n,) true labels."""

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from robustclip import _torchvision
-from robustclip.attacks.base import MAX_SEED, NORMS, Attack, Classifier, check_gradient, input_gradient
+from robustclip.attacks.ascent import NORMS, check_gradient, input_gradient
+from robustclip.attacks.base import MAX_SEED, Attack, Classifier, is_theirs
 from robustclip.checks import check_choice, check_integer
 from robustclip.component import component
 
 L2_ONLY = ("CW", "DeepFool", "PGDL2", "PGDRSL2")
 OURS = ("model", "eps", "seed", "verbose")  # arguments of torchattacks that are fields of ours, or not wanted
+AMOUNTS = ("steps", "n_restarts", "n_queries", "restarts", "max_iterations", "eot_iter")  # of work: none does nothing
 STORED = {  # settings that torchattacks stores under another name
     "rho": "thr_decr",
     "resc_schedule": "rescale_schedule",
@@ -49,8 +51,10 @@ class FromTorchattacks(Attack):
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", tuple(sorted(dict(self.settings).items())))
         known = signature(load(self.name)).parameters
-        for setting, _ in self.settings:
+        for setting, value in self.settings:
             check_choice(f"setting of {self.name}", setting, [each for each in known if each not in OURS])
+            if setting in AMOUNTS:
+                check_integer(setting, value, 1)
         if self.eps != math.inf or "eps" in known:
             super().__post_init__()
         check_integer("seed", self.seed, 0, MAX_SEED)
@@ -70,7 +74,7 @@ class FromTorchattacks(Attack):
         """Let torchattacks work on the images, then keep what is a number and lies in the budget."""
         with seeded(self.seed, images.device), torch.enable_grad():
             attack = self.build(Model(classifier, images), images[:1])
-            found = attack(images.float(), labels).detach().to(images)
+            found = attack(images.float().contiguous(), labels).detach().to(images)
         found = torch.where(found.isfinite(), found, images)
         if self.eps < math.inf:
             found = images + NORMS[self.norm].project(found - images, self.eps)
@@ -114,16 +118,6 @@ def _recall(attack: Any, argument: str) -> Any:
         name = type(attack).__name__
         remedy = f"write FromTorchattacks(name={name!r}) instead"
         raise ValueError(f"cannot tell the {argument} of this {name}; {remedy}") from error
-
-
-def as_attack(attack: Callable) -> Callable:
-    """Our attacks as they are, instances of torchattacks adapted."""
-    return adapt(attack) if is_theirs(type(attack)) else attack
-
-
-def is_theirs(kind: type) -> bool:
-    """Whether `kind` is an attack of torchattacks; found out without importing it."""
-    return any(f"{base.__module__}.{base.__name__}" == "torchattacks.attack.Attack" for base in kind.__mro__)
 
 
 def load(name: str) -> type:

@@ -1,7 +1,9 @@
 """The masked language model that proposes words to the attacks on prompts."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import as_file, files
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +28,15 @@ class LanguageModel:
         self.longest: int = network.config.max_position_embeddings
         self.memory: dict = {}  # where attacks keep what they found with this model
         self.pieces = cache(tokenizer.tokenize)  # the lower-case pieces of a word, or the unknown-word token
+
+    @cached_property
+    def digest(self) -> str:
+        """Short fingerprint of weights and vocabulary."""
+        fingerprint = hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode())
+        for name, value in sorted(self.network.state_dict().items()):
+            fingerprint.update(name.encode())
+            fingerprint.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return fingerprint.hexdigest()[:16]
 
     def join(self, pieces: Iterable[str]) -> str:
         """Word pieces back to text."""

@@ -3,76 +3,53 @@
 In classification the texts are the class prompts. A multimodal attack returns pairs of images and prompts; the attacker
 has won an image as soon as one pair is misclassified:
 
-    pairs = SepAttack(image=PGD(eps=1/255), reading="worst").pairs(clip, prompts, images, labels)
-    stands = torch.stack([predictions(pair, labels, clip) == labels for pair in pairs]).all(0)
+    target = Target(clip, classes)
+    pairs = SepAttack(image=PGD(eps=1/255), reading="worst").pairs(target, images, labels)
+    stands = torch.stack([predictions(pair, labels, target.classifier) == labels for pair in pairs]).all(0)
 
 In retrieval they are captions, one or more per image: `attack.on_captions(clip, images, captions)`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.attacks.base import Attack, Classifier, frozen, own_noise
-from robustclip.attacks.gradient import Ascent, Objective, Steps
+from robustclip.attacks.ascent import FixedSteps, Objective, ascend
+from robustclip.attacks.base import (
+    TOGETHER,
+    Adversary,
+    Attack,
+    Captions,
+    Pair,
+    Target,
+    check_attackable,
+    check_captions,
+    check_settings,
+    frozen,
+    regroup,
+)
 from robustclip.attacks.losses import fooled
 from robustclip.attacks.text import BertAttack, TextAttack, kl_divergence
-from robustclip.checks import check_choice, check_images, check_labels, check_range
+from robustclip.checks import check_choice, check_labels, check_range
 from robustclip.component import component
-from robustclip.models import ZeroShotClassifier
+from robustclip.models import Clip
+from robustclip.randomness import own_noise
 
-Build = Callable[[Any, Sequence[str]], Classifier]  # (clip, prompts) -> the classifier that the attacker sees
 Encode = Callable[[Tensor], Tensor]  # images -> unit features (n, d)
-Loss = Callable[[Tensor, Tensor], Tensor]  # points (m, 3, h, w), their rows in the batch -> what to maximise (m,)
-Captions = list[list[str]]  # one list per image
-FOOLING = 1e6  # more than any loss: a point that fools is better than all that do not
 
 
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """Attacked images and the prompts they are classified with."""
-
-    images: Tensor  # (n, 3, h, w)
-    prompts: list[str]  # one per class
-    own: list[str] | None = None  # for image i, text i stands in for the prompt of its true class
-
-
-def predictions(pair: Pair, labels: Tensor, clip: Any, build: Build = ZeroShotClassifier) -> Tensor:
-    """Predicted classes (n,) of a pair; the true ones (n,) only say where an image's own text belongs."""
-    classes, own = len(pair.prompts), pair.own or []
-    texts = [*pair.prompts, *dict.fromkeys(text for text in own if text not in pair.prompts)]
-    with torch.no_grad():
-        logits = build(clip, texts)(pair.images)
-    if own:
-        columns = torch.tensor([[texts.index(text)] for text in own], device=logits.device)
-        logits = logits.scatter(1, labels[:, None].long(), logits.gather(1, columns))
-    return logits[:, :classes].argmax(1)
-
-
-def check_captions(captions: Sequence[Sequence[str]], images: int) -> None:
-    """Raise ValueError unless there is a list of at least one caption for each image."""
-    if len(captions) != images or any(isinstance(group, str) or not len(group) for group in captions):
-        raise ValueError(f"captions must be {images} lists, one per image, of one text or more, got {captions!r:.80}")
-
-
-def attacked_prompts(clip: Any, text: TextAttack, prompts: Sequence[str]) -> list[str]:
-    """The prompts after the text attack, computed once as long as the weights stay."""
-    key = ("attacked", repr(text), tuple(prompts))
-    return list(clip.remembered(key, lambda: text(clip, list(prompts))))
-
-
-class MultimodalAttack(ABC):
+class MultimodalAttack(Adversary):
     """What all of them share: input checks, and a model that is left as it was."""
 
-    eps: float  # the image budget; a field or a property
+    changes_images: ClassVar[bool] = True
+    changes_texts: ClassVar[bool] = True
     text: TextAttack
 
     def __post_init__(self) -> None:
@@ -80,31 +57,29 @@ class MultimodalAttack(ABC):
             raise ValueError(f"text={self.text!r} is not allowed; give a text attack that needs no labelled images")
 
     @abstractmethod
-    def _paired(self, clip: Any, prompts: list[str], images: Tensor, labels: Tensor, build: Build) -> list[Pair]:
+    def _paired(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
         """As `pairs`, for a checked batch and a frozen model."""
 
     @abstractmethod
-    def _captioned(self, clip: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+    def _captioned(self, clip: Clip, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
         """As `on_captions`, for a checked batch and a frozen model."""
 
-    def pairs(
-        self, clip: Any, prompts: Sequence[str], images: Tensor, labels: Tensor, build: Build = ZeroShotClassifier
-    ) -> list[Pair]:
-        """Attacked images and prompts for (n, 3, h, w) pixels in [0, 1], (n,) true labels and one prompt per class.
+    def pairs(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
+        """Attacked images and prompts for (n, 3, h, w) pixels in [0, 1] and (n,) true labels."""
+        check_attackable(images)
+        labels = check_labels(labels, len(target.classes), len(images)).long()
+        with frozen(target.clip):
+            images = images.detach().clone()
+            return self._paired(target, images, labels.clone()) if len(images) else [Pair(images, target.classes)]
 
-        `build(clip, prompts)` makes the classifier that the attacker sees, with its defense if the attacker knows it.
-        """
-        images, prompts = check_images(images).detach(), list(prompts)
-        labels = check_labels(labels, len(prompts), len(images)).long()
+    def on_captions(self, clip: Clip, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+        """Attacked images (n, 3, h, w) and captions, of which every image has one or more; some at a time."""
+        check_captions(captions, len(check_attackable(images)))
         with frozen(clip):
-            return self._paired(clip, prompts, images, labels, build) if len(images) else [Pair(images, prompts)]
-
-    def on_captions(self, clip: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
-        """Attacked images (n, 3, h, w) and captions, of which every image has one or more."""
-        images = check_images(images).detach()
-        check_captions(captions, len(images))
-        with frozen(clip):
-            return self._captioned(clip, images, captions) if len(images) else (images, [])
+            images = images.detach().clone()
+            parts = [slice(at, at + TOGETHER) for at in range(0, len(images), TOGETHER)]
+            done = [self._captioned(clip, images[part], captions[part]) for part in parts]
+        return torch.cat([found for found, _ in done] or [images]), [group for _, texts in done for group in texts]
 
 
 @component
@@ -132,30 +107,53 @@ class SepAttack(MultimodalAttack):
         """The image budget."""
         return self.image.eps
 
-    def _paired(self, clip: Any, prompts: list[str], images: Tensor, labels: Tensor, build: Build) -> list[Pair]:
-        attacked = attacked_prompts(clip, self.text, prompts)
+    @property
+    def pairs_made(self) -> int:
+        """Three in the worst reading."""
+        return 3 if self.reading == "worst" else 1
+
+    @property
+    def inner(self) -> Any:
+        """The attack on images."""
+        return self.image.inner
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """Those of the image attack, twice in the worst reading."""
+        worst, (forward, backward) = self.reading == "worst", self.image.passes(classes)
+        return forward * (1 + worst) + worst, backward * (1 + worst)
+
+    def at_precision(self, precision: str) -> "SepAttack":
+        """With the image attack in this precision."""
+        return replace(self, image=self.image.at_precision(precision))
+
+    def _paired(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
+        attacked = self.text.attacked(target)
         if self.reading == "attacked":
-            return [Pair(self.image(build(clip, attacked), images, labels), attacked)]
-        alone = to_the_end(self.image, build(clip, prompts), images, labels)
+            return [Pair(self.image(target.classifier(attacked), images, labels), attacked)]
+        alone = self.image.unstopped()(target.classifier(), images, labels)
         if self.reading == "released":
             return [Pair(alone, attacked)]
-        classifier = build(clip, attacked)
+        classifier = target.classifier(attacked)
         both = self.image(classifier, images, labels)
         with torch.no_grad():
             stands = ~fooled(classifier(both), labels)
         both[stands] = alone[stands]
-        return [Pair(alone, prompts), Pair(images, attacked), Pair(both, attacked)]
+        return [Pair(alone, target.classes), Pair(images, attacked), Pair(both, attacked)]
 
-    def _captioned(self, clip: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
-        if not isinstance(self.image, Ascent) or not self.image.random_start:
-            raise ValueError(f"image={self.image!r} cannot attack without labels; give PGD or APGD with a random start")
-        return leave(self.image, clip.encode_images, images), regroup(self.text(clip, list(chain(*captions))), captions)
+    def _captioned(self, clip: Clip, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+        image = self.image.inner
+        if getattr(image, "start", "image") == "image":
+            raise ValueError(f"image={image!r} cannot attack without labels; give PGD or APGD with a random start")
+        found = image.maximise([leaving(clip.encode_images, images)], images)
+        return found, regroup(self.text(clip, list(chain(*captions))), captions)
 
 
 @component
 class Following(MultimodalAttack):
     """What Co-Attack and SGA share: images that follow the attacked texts up the features of the encoders."""
 
+    default_step = 1 / 4  # the step size as a fraction of eps
+    start = "random"  # where in the ball
     eps: float
     steps: int = 10
     step_size: float | None = None
@@ -164,12 +162,18 @@ class Following(MultimodalAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._climber()
+        check_settings(self)
+        check_range("step_size", self.step_size or 0, 0)
 
-    def _climber(self, kind: type[Steps] = Steps, default: float = 1 / 4) -> Steps:
-        """The ascent; `default` is the step size as a fraction of eps."""
-        step_size = default * self.eps if self.step_size is None else self.step_size
-        return kind(eps=self.eps, steps=self.steps, step_size=step_size, seed=self.seed)
+    def climb(self, objective: Objective, images: Tensor) -> Tensor:
+        """The points of highest loss in the eps-balls around the images, which nobody leaves early."""
+        step_size = self.default_step * self.eps if self.step_size is None else self.step_size
+        noise, stepper = own_noise(images, self.seed), FixedSteps(step_size)
+        if not self.eps:
+            return images.clone()
+        return ascend(
+            objective, images, eps=self.eps, steps=self.steps, stepper=stepper, start=self.start, noise=noise
+        ).images
 
 
 @component
@@ -178,31 +182,38 @@ class CoAttack(Following):
 
     max KL(softmax(u) || softmax(u')) + weight KL(softmax(v') || softmax(u')), with u, u' the clean and adversarial
     image feature and v' the attacked text feature of the true class; the mean over several captions. `step_size`
-    defaults to 1.25 eps / steps; the start is uniform in [0, eps] as released ("one-sided"), or in [-eps, eps].
+    defaults to 1.25 eps / steps; the start is uniform in [0, eps] as released ("one-sided"), or in [-eps, eps]
+    ("random").
     """
 
     weight: float = 3
     start: str = "one-sided"
 
     def __post_init__(self) -> None:
-        check_choice("start", self.start, ("one-sided", "two-sided"))
+        check_choice("start", self.start, ("one-sided", "random"))
         check_range("weight", self.weight, 0)
         super().__post_init__()
 
-    def _climber(self) -> Steps:
-        return super()._climber(OneSidedSteps if self.start == "one-sided" else Steps, 1.25 / max(self.steps, 1))
+    @property
+    def default_step(self) -> float:
+        """1.25 / steps."""
+        return 1.25 / self.steps
 
-    def _paired(self, clip: Any, prompts: list[str], images: Tensor, labels: Tensor, build: Build) -> list[Pair]:
-        attacked = attacked_prompts(clip, self.text, prompts)
-        texts = clip.text_features(attacked)[labels].double()
-        found = leave(self._climber(), encoder(clip, build, prompts), images, (self.weight, texts))
+    def passes(self, classes: int) -> tuple[int, int]:
+        """One for the clean features; the last point is only looked at."""
+        return self.steps + 2, self.steps
+
+    def _paired(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
+        attacked = self.text.attacked(target)
+        texts = target.clip.text_features(attacked.prompts)[labels].double()
+        found = self.climb(leaving(target.features(), images, (self.weight, texts)), images)
         return [Pair(found, attacked)]
 
-    def _captioned(self, clip: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+    def _captioned(self, clip: Clip, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
         """Each image follows all of its captions: mean_m KL(p_m || q) is KL(mean_m p_m || q) up to a constant."""
         attacked = regroup(self.text(clip, list(chain(*captions))), captions)
         means = pooled(clip, attacked, lambda texts: texts.softmax(1)).log()
-        return leave(self._climber(), clip.encode_images, images, (self.weight, means)), attacked
+        return self.climb(leaving(clip.encode_images, images, (self.weight, means)), images), attacked
 
 
 @component
@@ -224,26 +235,30 @@ class SGA(Following):
             raise ValueError(f"text={self.text!r} cannot attack a text against an image; give a BertAttack")
         super().__post_init__()
 
-    def _paired(self, clip: Any, prompts: list[str], images: Tensor, labels: Tensor, build: Build) -> list[Pair]:
-        captions = [[prompts[label]] for label in labels.tolist()]
-        found, texts = self._captioned(clip, images, captions, encoder(clip, build, prompts))
-        return [Pair(found, prompts, own=list(chain(*texts)))]
+    def passes(self, classes: int) -> tuple[int, int]:
+        """One per scale in each step, and a look at the image before and after."""
+        return 2 + len(self.scales) * (self.steps + 1), len(self.scales) * self.steps
 
-    def _captioned(
-        self, clip: Any, images: Tensor, captions: Captions, encode: Encode | None = None
-    ) -> tuple[Tensor, Captions]:
-        encode = encode or clip.encode_images
+    def _paired(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
+        captions = [[target.classes.prompts[label]] for label in labels.tolist()]
+        found, texts = self._followed(target.clip, target.features(), images, captions)
+        return [Pair(found, target.classes, own=list(chain(*texts)))]
+
+    def _captioned(self, clip: Clip, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+        return self._followed(clip, clip.encode_images, images, captions)
+
+    def _followed(self, clip: Clip, encode: Encode, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
         texts = pooled(clip, self._rewrite(clip, encode, images, captions), lambda features: features)
         turns = count()
 
-        def loss(points: Tensor, rows: Tensor) -> Tensor:
+        def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, None]:
             views = self._views(points, images[rows], next(turns))
-            return -sum((encode(view).double() * texts[rows]).sum(1) for view in views)
+            return -sum((encode(view).double() * texts[rows]).sum(1) for view in views), None
 
-        found = ascend(self._climber(), images, loss)
+        found = self.climb(objective, images)
         return found, self._rewrite(clip, encode, found, captions)
 
-    def _rewrite(self, clip: Any, encode: Encode, images: Tensor, captions: Captions) -> Captions:
+    def _rewrite(self, clip: Clip, encode: Encode, images: Tensor, captions: Captions) -> Captions:
         """Each caption moved away from its image."""
         sizes = torch.tensor([len(group) for group in captions], device=images.device)
         with torch.no_grad():
@@ -260,75 +275,22 @@ class SGA(Following):
             yield (scaled + self.noise * normal).clamp(0, 1)
 
 
-def divergence(encode: Encode, *references: tuple[float, Tensor]) -> Loss:
+def leaving(encode: Encode, images: Tensor, *references: tuple[float, Tensor]) -> Objective:
+    """How far features are from where those of the images were and, weighted, from other references (n, d)."""
+    with torch.no_grad():
+        clean = encode(images).double()
+    return partial(divergence, encode, ((1, clean), *references))
+
+
+def divergence(
+    encode: Encode, references: tuple[tuple[float, Tensor], ...], points: Tensor, rows: Tensor
+) -> tuple[Tensor, None]:
     """The weighted sum of KL(softmax(reference) || softmax(u')) over coordinates of features u' (n, d), in float64."""
-
-    def loss(points: Tensor, rows: Tensor) -> Tensor:
-        features = encode(points).double()
-        return sum(weight * kl_divergence(reference[rows], features) for weight, reference in references)
-
-    return loss
+    features = encode(points).double()
+    return sum(weight * kl_divergence(reference[rows], features) for weight, reference in references), None
 
 
-def encoder(clip: Any, build: Build, prompts: Sequence[str]) -> Encode:
-    """Images to unit features (n, d): the CLIP's own, or what a defended classifier leaves of them.
-
-    That classifier is built on a CLIP whose texts are the axes of feature space, so that its logits are s u.
-    """
-    if build is ZeroShotClassifier:
-        return clip.encode_images
-    axes, seen = torch.eye(clip.text_features(prompts).shape[1], device=clip.logit_scale.device), copy(clip)
-    seen.encode_images, seen.text_features = clip.encode_images, lambda texts: axes[list(map(int, texts))]
-    classifier = build(seen, list(map(str, range(len(axes)))))
-    return lambda images: F.normalize(classifier(images).float(), dim=1)
-
-
-def pooled(clip: Any, captions: Captions, transform: Callable[[Tensor], Tensor]) -> Tensor:
+def pooled(clip: Clip, captions: Captions, transform: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean of the transformed features of each image's captions (n, d), in float64."""
     features = transform(clip.text_features(list(chain(*captions))).double())
     return torch.stack([part.mean(0) for part in features.split([len(group) for group in captions])])
-
-
-def regroup(texts: Sequence[str], captions: Captions) -> Captions:
-    """The texts in groups as long as those of `captions`."""
-    following = iter(texts)
-    return [[next(following) for _ in group] for group in captions]
-
-
-@component
-class OneSidedSteps(Steps):
-    """Projected gradient ascent from a start in [0, eps] above the image, as Co-Attack and AdvPT release it."""
-
-    def start(self, images: Tensor, restart: int) -> Tensor:
-        """Uniform in [x, x + eps], clipped to the pixel range."""
-        return (images + self.eps * own_noise(images, self.seed + 7919 * restart).abs()).clamp(0, 1)
-
-
-def ascend(climber: Ascent, images: Tensor, *losses: Loss) -> Tensor:
-    """The points of highest loss in the eps-balls around the images, which nobody leaves early; one run per loss."""
-
-    def endless(loss: Loss, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return loss(points, rows), points.new_zeros(len(points), dtype=torch.bool)
-
-    return climber.maximise([partial(endless, loss) for loss in losses], images) if climber.eps else images.clone()
-
-
-def leave(climber: Ascent, encode: Encode, images: Tensor, *references: tuple[float, Tensor]) -> Tensor:
-    """Images whose features leave where they were and, weighted, the references (n, d)."""
-    with torch.no_grad():
-        clean = encode(images).double()
-    return ascend(climber, images, divergence(encode, (1, clean), *references))
-
-
-def to_the_end(attack: Attack, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
-    """An ascent on all images without a stop where they fool: of the points that do, if any, that of highest loss."""
-    if not isinstance(attack, Ascent):
-        return attack(classifier, images, labels)
-
-    def rewarded(objective: Objective, points: Tensor, rows: Tensor) -> Tensor:
-        values, won = objective(points, rows)
-        return values.double() + FOOLING * won
-
-    with frozen(classifier):
-        objectives = attack.objectives(classifier, images, labels)
-        return ascend(attack, images, *(partial(rewarded, objective) for objective in objectives))

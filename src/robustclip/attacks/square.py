@@ -6,10 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustclip.attacks.base import NORMS, Attack, Classifier, Outcome, best_of, own_noise
+from robustclip.attacks.ascent import NORMS, Outcome, best_of
+from robustclip.attacks.base import Attack, Classifier
 from robustclip.attacks.losses import margin
 from robustclip.checks import check_range
 from robustclip.component import component
+from robustclip.randomness import own_noise
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries, where the share p of pixels is halved
 CHUNK = 128  # queries for which random numbers are drawn at once
@@ -55,7 +57,7 @@ class Square(Attack):
             search.ask(rows, noise[:, place : place + count], shares[0])
             stands = ~search.broken[rows]
             rows, noise, query = rows[stands], noise[stands], query + count
-        return search.best, search.highest, search.broken
+        return Outcome(search.best, search.highest, search.broken)
 
     def share(self, query: int) -> float:
         """The share p of the image's pixels in the square of this query."""

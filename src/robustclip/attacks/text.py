@@ -5,7 +5,7 @@ under attack chooses.
 """
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -15,9 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustclip.attacks.base import frozen
+from robustclip.attacks.base import Adversary, Captions, Pair, Target, check_captions, frozen, regroup
 from robustclip.attacks.language import LanguageModel, load_language_model
 from robustclip.checks import check_choice, check_images, check_integer, check_labels, check_range
+from robustclip.classes import Classes
 from robustclip.component import component
 from robustclip.models import Clip
 
@@ -69,14 +70,43 @@ class TextFeatures:
 
 
 @component
-class TextAttack(ABC):
+class TextAttack(Adversary):
     """An attack on texts; `images` says how many held-out labelled images it wants to see besides the prompts."""
 
+    changes_images: ClassVar[bool] = False
+    changes_texts: ClassVar[bool] = True
     images: ClassVar[int] = 0
+    eps: ClassVar[float] = 0.0
 
     @abstractmethod
     def __call__(self, clip: Clip, prompts: Sequence[str]) -> list[str]:
         """One attacked text per prompt, in the same order."""
+
+    def attacked(self, target: Target) -> Classes:
+        """The classes of a target under attacked prompts, computed once as long as its weights stay."""
+        if self.images and target.held_out is None:
+            raise ValueError(f"{self!r} asks for {self.images} labelled images; give a Target with held_out")
+        prompts, held_out = target.classes.prompts, target.held_out if self.images else None
+        examples = (lambda: held_out(self.images)) if held_out else tuple
+        key = ("attacked", self, prompts, held_out)
+        return target.classes.with_prompts(
+            target.clip.remembered(key, lambda: tuple(self(target.clip, list(prompts), *examples())))
+        )
+
+    def pairs(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
+        """One pair, of the clean images and the attacked prompts."""
+        return [Pair(images, self.attacked(target))]
+
+    def on_captions(self, clip: Clip, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
+        """The captions attacked, all of them together; the images stay."""
+        check_captions(captions, len(images))
+        if self.images:
+            raise ValueError(f"{self!r} asks for labelled images, and captions have no labels; give a BertAttack")
+        return images, regroup(self(clip, list(chain(*captions))), captions)
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """None: only texts are looked at, or images of its own."""
+        return 0, 0
 
 
 def check_texts(name: str, texts: Sequence[str]) -> list[str]:

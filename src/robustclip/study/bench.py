@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from robustclip import models
-from robustclip.attacks.multimodal import MultimodalAttack, Pair
-from robustclip.attacks.text import TextAttack
+from robustclip.attacks.base import Pair, Target
 from robustclip.checks import check_images, check_labels
+from robustclip.classes import Classes
 from robustclip.data.sources import Samples, load_samples
 from robustclip.study.cells import Cell
 
@@ -61,7 +61,7 @@ class Bench:
         self._samples: dict[tuple, Samples] = {}
         self._blind: dict[tuple, dict[tuple, tuple[list[Pair], np.ndarray]]] = {}
         self._builders: dict[str, Builder] = {}
-        self._attacked: dict[tuple, list[str]] = {}
+        self._targets: dict[tuple, Target] = {}
 
     def clip(self, spec: Any) -> CountingClip:
         """The CLIP of a cell: objects are taken as they are, names and folders are loaded."""
@@ -115,26 +115,19 @@ class Bench:
         return known[place]
 
     def _attack(self, cell: Cell, rows: slice, build: "Builder") -> list[Pair]:
-        clip, prompts = self.clip(cell.spec), self.prompts(cell)
         images, labels = self.batch(cell, rows)
+        classes = self.samples(cell).classes.with_prompts(self.prompts(cell))
         if cell.attack is None:
-            return [Pair(images, prompts)]
-        if isinstance(cell.attack, MultimodalAttack):
-            return cell.attack.pairs(clip, prompts, images, labels, build)
-        if isinstance(cell.attack, TextAttack):
-            return [Pair(images, self._texts(cell, clip, prompts))]
-        return [Pair(cell.attack(build(clip, prompts), images, labels), prompts)]
+            return [Pair(images, classes)]
+        name = (self.clip(cell.spec), self.samples(cell).digest, classes, repr(build.defense))
+        if name not in self._targets:
+            self._targets[name] = Target(self.clip(cell.spec), classes, build.defense, partial(self._held_out, cell))
+        return cell.attack.pairs(self._targets[name], images, labels)
 
-    def _texts(self, cell: Cell, clip: CountingClip, prompts: list[str]) -> list[str]:
-        """Attacked prompts, made once per cell; held-out training images where the attack asks for them."""
-        name = (clip, repr(cell.attack), tuple(prompts), self.samples(cell).digest)
-        if name not in self._attacked:
-            held_out = ()
-            if cell.attack.images:
-                other = load_samples(cell.role, source=cell.scale.source, split="train", n=cell.attack.images)
-                held_out = other.images.to(self.place(cell)), other.labels.to(self.place(cell))
-            self._attacked[name] = cell.attack(clip, prompts, *held_out)
-        return self._attacked[name]
+    def _held_out(self, cell: Cell, n: int) -> tuple[Tensor, Tensor]:
+        """Labelled training images for attacks that ask for them."""
+        other = load_samples(cell.role, source=cell.scale.source, split="train", n=n)
+        return other.images.to(self.place(cell)), other.labels.to(self.place(cell))
 
     def batch(self, cell: Cell, rows: slice) -> tuple[Tensor, Tensor]:
         """Images and labels of some rows, checked and in place."""
@@ -149,12 +142,12 @@ class Builder:
     def __init__(self, defense: Callable | None) -> None:
         self.defense, self._made = defense, lru_cache(maxsize=4)(self._make)
 
-    def __call__(self, clip: Any, prompts: Sequence[str]) -> Callable:
-        """Images in [0, 1] -> logits over the prompts."""
-        return self._made(clip, tuple(prompts))
+    def __call__(self, clip: Any, classes: Classes | Sequence[str]) -> Callable:
+        """Images in [0, 1] -> logits over the classes."""
+        return self._made(clip, classes if isinstance(classes, Classes) else tuple(classes))
 
-    def _make(self, clip: Any, prompts: tuple[str, ...]) -> Callable:
-        classifier = models.ZeroShotClassifier(clip, prompts)
+    def _make(self, clip: Any, classes: Classes | tuple[str, ...]) -> Callable:
+        classifier = models.ZeroShotClassifier(clip, classes)
         return self.defense(classifier) if self.defense else classifier
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from typing import Any
 
-from robustclip.attacks.from_torchattacks import as_attack
+from robustclip.attacks.base import as_attack
 from robustclip.checks import check_choice, check_range
 from robustclip.data.roles import role, role_names
 from robustclip.study.scales import Scale, parse_eps

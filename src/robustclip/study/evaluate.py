@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from robustclip.attacks.multimodal import MultimodalAttack, predictions
-from robustclip.attacks.text import TextAttack
+from robustclip.attacks.base import predictions
 from robustclip.audit import Audit
 from robustclip.audit import audit as run_audit
 from robustclip.checks import check_folder, check_images, check_integer, check_range
+from robustclip.classes import Classes
 from robustclip.progress import progress
 from robustclip.study.bench import Bench, device_name
 from robustclip.study.cells import Cell
@@ -125,10 +125,10 @@ def _batch(cell: Cell, bench: Bench, rows: slice) -> tuple[list[int], list[float
     for pair in pairs:
         check_images(pair.images)
 
-    def checked(clip: Any, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
-        return lambda images: _finite(build(clip, prompts)(images), cell.model)
+    def checked(classes: Classes) -> Callable[[Tensor], Tensor]:
+        return lambda images: _finite(build(clip, classes)(images), cell.model)
 
-    predicted, scoring = clip.timed(lambda: [predictions(pair, labels, clip, checked) for pair in pairs])
+    predicted, scoring = clip.timed(lambda: [predictions(pair, labels, checked) for pair in pairs])
     worst = predicted[0]
     for other in predicted[1:]:
         worst = torch.where(worst == labels, other, worst)
@@ -164,7 +164,7 @@ def _record(cell: Cell, bench: Bench, batches: list[dict]) -> dict:
         "cell": cell.describe() | {"source": samples.source},
         "correct": "".join("01"[hit] for hit in hits),
         "predicted": predicted,
-        "changes_images": not (cell.attack is None or isinstance(cell.attack, TextAttack)),
+        "changes_images": cell.attack is not None and cell.attack.changes_images,
         "seconds": round(seconds, 3),
         "forward": int(forward),
         "backward": int(backward),
@@ -200,4 +200,4 @@ def _flags(record: dict) -> str:
 
 def _silent(cell: Cell) -> bool:
     """Whether the audit has nothing to run on: no attack, or one that rewrites prompts."""
-    return cell.attack is None or isinstance(cell.attack, TextAttack | MultimodalAttack)
+    return cell.attack is None or cell.attack.changes_texts

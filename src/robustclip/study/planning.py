@@ -1,7 +1,7 @@
 """Say beforehand what measuring a grid would cost; nothing is measured, stored or downloaded."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,6 @@ import pandas as pd
 import torch
 
 from robustclip import models
-from robustclip.attacks import AutoAttack, SepAttack, Square, UniformNoise
-from robustclip.attacks.text import TextAttack
 from robustclip.data.roles import role
 from robustclip.study.bench import Bench, CountingClip, device_name
 from robustclip.study.cells import Cell
@@ -47,28 +45,9 @@ def _megabytes(name: str) -> float:
 def _passes(cell: Cell) -> tuple[int, int]:
     """Image passes at most: one to score each pair, one to see which images stand, and those of the attack."""
     size = role(cell.role).paper.get("test_images", cell.n) if cell.scale.source == "paper" else cell.n
-    n, pairs = min(cell.n, size), 3 if getattr(cell.attack, "reading", "") == "worst" else 1
-    forward, backward = _attack_passes(cell.attack)
+    n, classes = min(cell.n, size), len(role(cell.role).classes or "1")
+    (forward, backward), pairs = (cell.attack.passes(classes), cell.attack.pairs_made) if cell.attack else ((0, 0), 1)
     return n * (pairs + forward), n * backward
-
-
-def _attack_passes(attack: Callable | None) -> tuple[int, int]:
-    """Image passes forward and backward per image if nothing breaks; text attacks need none."""
-    if attack is None or isinstance(attack, TextAttack):
-        return 0, 0
-    if isinstance(attack, UniformNoise):
-        return 1, 0
-    if isinstance(attack, SepAttack):
-        return tuple((1 + (attack.reading == "worst")) * passes for passes in _attack_passes(attack.image))
-    if isinstance(attack, Square):
-        return 1 + attack.restarts * attack.queries, 0
-    if isinstance(attack, AutoAttack):
-        parts = [_attack_passes(attack.attack(part)) for part in attack.parts]
-        return 1 + sum(forward for forward, _ in parts), sum(backward for _, backward in parts)
-    steps, draws = getattr(attack, "steps", 0), getattr(attack, "draws", 1)
-    targets = getattr(attack, "targets", 0)
-    runs = getattr(attack, "restarts", 1) * max(1, targets) * len(getattr(attack, "scales", (1,)))
-    return (draws * (1 + bool(targets) + runs * (steps + 1)), draws * runs * steps) if steps else (2, 1)
 
 
 def _speed(cell: Cell, bench: Bench, store: Store) -> tuple[float, str]:

@@ -10,11 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from robustclip.attacks.multimodal import Captions, MultimodalAttack, check_captions, regroup
-from robustclip.attacks.text import TextAttack
+from robustclip.attacks.base import Captions, check_captions
 from robustclip.checks import check_images, check_integer
 from robustclip.data.sources import Samples
-from robustclip.models import ZeroShotClassifier
 from robustclip.progress import progress
 from robustclip.study.statistics import wilson
 
@@ -49,7 +47,7 @@ def attacked_recalls(
     """
     clean, rows = ranks(clip, images, captions), []
     for name, attack in progress(attacks.items(), "retrieval", unit="attack"):
-        after = clean if attack is None else ranks(clip, *attacked(clip, attack, images, captions))
+        after = clean if attack is None else ranks(clip, *attack.on_captions(clip, images, captions))
         for direction, k in product(clean, ks):
             before, hits = (found[direction] < check_integer("k", k, 1) for found in (clean, after))
             recall, low, high = wilson(int(hits.sum()), len(hits))
@@ -62,30 +60,6 @@ def _success(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     """The absolute drop in points, and the share of the hits that are lost, in percent."""
     lost = 100 * float((~after[before]).mean()) if before.any() else math.nan
     return {"drop": 100 * float(before.mean() - after.mean()), "broken": lost}
-
-
-def attacked(clip: Any, attack: Any, images: Tensor, captions: Captions) -> tuple[Tensor, Captions]:
-    """Images and captions after an attack of any kind."""
-    if isinstance(attack, TextAttack):
-        return images, regroup(attack(clip, list(chain(*captions))), captions)
-    parts = [slice(start, start + BATCH) for start in range(0, len(images), BATCH)]
-    if isinstance(attack, MultimodalAttack):
-        found, texts = zip(*(attack.on_captions(clip, images[part], captions[part]) for part in parts), strict=True)
-        return torch.cat(found), list(chain(*texts))
-    labels, gallery = torch.arange(len(images), device=images.device), Retriever(clip, captions)
-    return torch.cat([attack(gallery, images[part], labels[part]) for part in parts]), captions
-
-
-class Retriever(ZeroShotClassifier):
-    """Images to one logit per image of the set, that of its best caption: its accuracy is image-to-text recall@1."""
-
-    def __init__(self, clip: Any, captions: Captions) -> None:
-        super().__init__(clip, list(chain(*captions)))
-        self.sizes = [len(group) for group in captions]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, h, w) pixels in [0, 1] to (n, images of the set) logits."""
-        return torch.stack([part.amax(1) for part in super().forward(images).split(self.sizes, 1)], 1)
 
 
 def ranks(clip: Any, images: Tensor, captions: Captions) -> Ranks:

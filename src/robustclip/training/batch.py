@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.attacks.base import NORMS, frozen
+from robustclip.attacks.ascent import NORMS
+from robustclip.attacks.base import frozen
 from robustclip.fast import fast
 from robustclip.models import Clip
 from robustclip.training.parallel import gather, share

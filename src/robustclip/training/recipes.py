@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.attacks import BertAttack, FeaturePGD
-from robustclip.attacks.multimodal import OneSidedSteps
 from robustclip.attacks.text import TextAttack
 from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.component import component
@@ -225,11 +224,6 @@ class MMCoA(Recipe):
 
 
 @component
-class OneSidedFeaturePGD(OneSidedSteps, FeaturePGD):
-    """AdvPT's attack: away from the clean feature, from a start in [0, eps] above the image."""
-
-
-@component
 class AdvPT(Recipe):
     """Adversarial prompt tuning: `vectors` of context for the text tower, against images attacked without labels.
 
@@ -258,7 +252,9 @@ class AdvPT(Recipe):
     def attack(self, batch: Batch) -> Tensor:
         """Feature PGD as released: a one-sided start, steps of 1.25 eps / steps."""
         step_size = 1.25 * batch.eps / self.attack_steps if self.step_size is None else self.step_size
-        attack = OneSidedFeaturePGD(eps=batch.eps, steps=self.attack_steps, step_size=step_size, seed=self.seed)
+        attack = FeaturePGD(
+            eps=batch.eps, steps=self.attack_steps, step_size=step_size, start="one-sided", seed=self.seed
+        )
         nothing = torch.zeros(len(batch.images), dtype=torch.long, device=batch.images.device)
         return attack(fast(batch.clip, self.precision).encode_images, batch.images, nothing)
 
