@@ -2,8 +2,13 @@
 
 import importlib
 import io
+import math
 from base64 import b64decode
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -17,8 +22,9 @@ from PIL import Image
 
 from robustclip import report
 from robustclip.report import figures, words
-from robustclip.study import Claim, Condition, Estimate, compare, judge, reported, verdict_table, wilson
 from robustclip.study.evaluate import COLUMNS
+from robustclip.study.reported import reported
+from robustclip.study.statistics import wilson
 
 VOID = ("br", "img", "meta")
 
@@ -89,21 +95,21 @@ def frame():
 
 
 def text_of(table):
-    """All notes of a table in one string."""
-    return " ".join(table.notes)
+    """All notes of a table in one string, the folded ones last."""
+    return " ".join([*table.note.splitlines(), *table.notes]).strip()
 
 
 def test_fixture_has_the_columns_of_evaluate(frame):
-    assert set(frame.columns) == set(COLUMNS)
+    assert set(COLUMNS) <= set(frame.columns) | {"task", "metric", "distinct", "origin"}
 
 
 @pytest.mark.parametrize(
     ("flags", "mark", "words"),
     [
-        ("passed", "", "Audit: 4 of 4 attacked numbers passed."),
-        ("not audited", "", "Audit: 0 of 4 attacked numbers passed, 4 not audited."),
-        ("gradients; square", " ⚑", "Audit: 0 of 4 attacked numbers passed, ⚑ flagged: gradients, square."),
-        ("blind; not audited", " ⚑", "Audit: 0 of 4 attacked numbers passed, 4 not audited, ⚑ flagged: blind."),
+        ("passed", "", "Audit: 4 of 4 audited numbers passed."),
+        ("not audited", "", "Audit: not audited."),
+        ("gradients; square", " ⚑", "Audit: 0 of 4 audited numbers passed, ⚑ flagged: gradients, square."),
+        ("blind; not audited", " ⚑", "Audit: not audited, ⚑ flagged: blind."),
     ],
 )
 def test_flags_stand_beside_the_numbers_and_in_a_note(frame, flags, mark, words):
@@ -150,6 +156,9 @@ def test_table_html_is_semantic_and_escaped(frame):
     frame["model"] = frame["model"].replace("clip", '<b>&"clip"')
     page = Page(report.table(frame, caption="A < B")._repr_html_())
     assert page.one("div")[1]["class"] == "robustclip-table-wrap"
+    assert [place[1]["data-label"] for place in page.all("td")[:2]] == ["CIFAR10", "CIFAR100"]
+    assert "Wilson" in page.one("details")[2]
+    assert page.one("summary")[2] == "Data, attack, audit"
     assert "robustclip-table" in page.one("table")[1]["class"].split()
     assert page.one("caption")[2] == "A < B (scale: quick)"
     assert [head[1]["scope"] for head in page.all("th")] == ["col"] * 4 + ["row"] * 8
@@ -230,7 +239,7 @@ def test_eps_is_written_in_255ths(frame):
 def test_note_says_who_played_each_role_and_attack(frame):
     frame.loc[frame["dataset"] == "CIFAR100", "source"] = "hub:org/set"
     notes = text_of(report.table(frame, note="Mine."))
-    assert notes.startswith("Mine. Accuracy (%) with 95 % Wilson intervals, n = 200.")
+    assert notes.startswith("Mine. PGD, 10 steps, plays PGD-20. Accuracy (%) with 95 % Wilson intervals, n = 200.")
     assert "hub:org/set plays CIFAR100" in notes
     assert "Data: tinyworld plays CIFAR10;" in notes
     assert "PGD(eps=4/255, steps=10) plays PGD-20." in notes
@@ -269,10 +278,8 @@ def test_wrong_options_are_named(frame, options, message):
 
 
 def test_a_number_never_stands_without_its_scale(frame):
-    with pytest.raises(ValueError, match="scale=None is not allowed"):
+    with pytest.raises(ValueError, match="without a column 'scale' is not allowed"):
         report.table(frame.drop(columns="scale"))
-    with pytest.raises(ValueError, match="scale=None is not allowed"):
-        report.verdicts(verdict_table([judge(Claim("A", "b"))]))
     frame.loc[frame["model"] == "clip", "scale"] = "full"
     with pytest.raises(ValueError, match="full, quick; show the column 'scale'"):
         report.table(frame)
@@ -281,50 +288,185 @@ def test_a_number_never_stands_without_its_scale(frame):
         report.table(pd.concat([frame[:1], frame[:1]]))
 
 
-def test_comparison_puts_paper_reference_and_run_side_by_side(frame):
-    ours = frame[(frame["dataset"] == "CIFAR10") & (frame["model"] == "clip")].replace({"PGD-20": "PGD-100"})
-    ours.loc[ours["attack"] == "PGD-100", "stale"] = True
+@pytest.fixture
+def attacked():
+    """Rows of Table I, measured at scale quick on the first set only, and a larger reference."""
+    played = {"PGD-100": "PGD(eps=6/255, steps=20)", "BERT-Attack": "robustclip.BertAttack(offset='shifted')"}
+    run = [
+        result("clip", "CIFAR10", name, count, scale="quick", eps=eps, n=100, played_by=played.get(name, ""))
+        for name, count, eps in (("clean", 90, 0.0), ("PGD-100", 4, 6 / 255), ("BERT-Attack", 30, 0.0))
+    ]
+    run = pd.DataFrame(run).assign(distinct=[np.nan, np.nan, 7])
+    large = run.assign(scale="full", n=300, accuracy=[91.0, 3.0, 33.0], stale=[False, True, False])
+    small = large.assign(n=20, accuracy=50.0)
+    other = large.assign(eps=large["eps"] / 2)[1:2].assign(accuracy=60.0)  # at half the budget: another question
+    return run, pd.concat([small, other, large], ignore_index=True)
+
+
+def texts(table, *names):
+    """The places of the row with these names, the lines below in brackets."""
+    (row,) = [row for row in table.rows if [field.text for field in row[: table.labels]] == list(names)]
+    return [" ".join([field.text, *(f"({line})" for line in field.small)]) for field in row[table.labels :]]
+
+
+def test_comparison_has_a_column_for_each_number(attacked):
+    run, full = attacked
     printed = reported("mmcoa", "I").query("dataset == 'CIFAR10'")
-    joined = compare(ours, printed, methods={"clip": "CLIP"})
-    table = report.comparison(joined.assign(reference=50.0), ours, caption="Table I")
-    assert table.caption == "Table I (scale: quick)"
-    assert table.heads[-3:] == ("paper (%)", "reference (%, full)", "this run (%)")
-    assert {"eps (paper)", "eps (this run)"} <= set(table.heads)
-    assert not {"setting", "attacker"} & set(table.heads)
-    rows = {(row[0].text, row[1].text): [entry.text for entry in row[-3:]] for row in table.rows}
-    assert rows["CLIP", "PGD-100"] == ["9.32", "50.0", "4.0 [2.0, 7.7] †"]
-    assert rows["CLIP", "BERT-Attack"] == ["79.74", "50.0", "–"]
+    references = {"photo": full.iloc[:0], "full": full}
+    table = report.comparison(printed, run, references, methods={"clip": "CLIP"}, caption="Table I", note="Mine.")
+    assert table.caption == "Table I: accuracy (%)"
+    assert table.heads == (
+        *("method", "attack", "dataset", "paper", "photo", "Tinyworld (full), n = 300", "this run (quick), n = 100"),
+    )
+    pgd = texts(table, "CLIP", "PGD-100", "CIFAR10")
+    assert pgd == ["9.32 (eps 1/255)", "due", "3.0 † ([1.6, 9.8])", "4.0 ([1.6, 9.8])"]
+    assert texts(table, "CLIP", "BERT-Attack", "CIFAR10")[2].endswith("(7 distinct prompts)")
+    assert texts(table, "MMCoA", "clean", "CIFAR10")[1:] == ["due", "due", "–"]
+    assert table.note.splitlines()[0] == "Mine."
+    assert "this run (quick): PGD, 20 steps, plays PGD-100; BertAttack, plays BERT-Attack." in table.note
     assert "tinyworld plays CIFAR10." in text_of(table)
-    Page(table._repr_html_())
+    pages = Page(table._repr_html_()).all("td")
+    assert [float(place[1]["data-sort"]) for place in pages if place[1]["data-label"] == "paper"] == list(
+        printed["value"]
+    )
 
 
-def test_comparison_marks_secondary_numbers_and_shows_settings_where_needed(frame):
-    base = {"method": "COLA", "attack": "clean", "dataset": "CIFAR10", "ours": np.nan, "reference": np.nan}
-    rows = [
-        base | {"printed": 80.0 + i, "grade": grade, "setting": f"k={i}"} for i, grade in enumerate(("secondary", None))
-    ]
-    table = report.comparison(pd.DataFrame(rows), frame)
-    assert table.heads[3] == "setting"
-    assert [[entry.text for entry in row[3:]] for row in table.rows] == [
-        ["k=0", "80.0 (secondary)", "–", "–"],
-        ["k=1", "81.0", "–", "–"],
-    ]
+def test_comparison_takes_the_same_cells_on_the_most_images(attacked):
+    run, full = attacked
+    printed = reported("mmcoa", "I").query("dataset == 'CIFAR10' and method == 'CLIP'")
+    of_other_scale = {"photo": full.assign(scale="photo", eps=full["eps"] / 6)}  # its usual budget is 1/255
+    for references in ({"full": full}, of_other_scale):
+        table = report.comparison(printed, run, references, methods={"clip": "CLIP"})
+        assert [row[4].sort for row in table.rows if row[4].text != "due"] == [3.0, 33.0, 91.0]
+    both = pd.concat([run, run.assign(seed=1)])
+    with pytest.raises(ValueError, match="they differ in seed"):
+        report.comparison(printed, both, methods={"clip": "CLIP"})
 
 
-def test_verdicts_have_a_symbol_and_a_word():
-    sure, unsure = Condition("gain", Estimate(30, 20, 40), above=10), Condition("drop", Estimate(3, 1, 5), above=10)
-    tests = {"✓ reproduced": [sure], "◐ partly": [sure, unsure], "✗ not reproduced": [unsure], "○ not testable": []}
-    claims = [judge(Claim(f"C{i}", "<up>", "9 %", mark="code"), parts) for i, parts in enumerate(tests.values())]
-    table = report.verdicts(verdict_table(claims), scale="quick")
-    assert table.caption == "Claims under test (scale: quick)"
-    for row, start in zip(table.rows, tests, strict=True):
-        assert row[3].text.startswith(start)
-        assert row[2].text == "9 % (code)"
-    assert "<up>" in [cell[2] for cell in Page(table._repr_html_()).all("td")]
-    own = report.verdicts(verdict_table([judge(Claim("A1", "ours"), [sure])]), scale="quick")
-    assert own.heads == ("id", "statement", "verdict", "evidence")
+def test_comparison_prints_the_best_in_bold_and_grades(attacked):
+    run, _ = attacked
+    printed = reported("mmcoa", "I").query("dataset == 'CIFAR10' and attack == 'clean'").assign(grade="secondary")
+    table = report.comparison(printed, run, methods={"clip": "CLIP"}, best="method")
+    tops = {row[0].text: row[3].best for row in table.rows if row[1].text == "clean"}
+    highest = printed.loc[printed["value"].idxmax(), "method"]
+    assert [name for name, best in tops.items() if best] == [highest]
+    assert all("(secondary)" in row[3].small for row in table.rows if row[3].text != "–")
+
+
+def test_listing_shows_any_frame():
+    table = report.listing(pd.DataFrame({"scale": ["quick"], "n": [3]}), "Scales")
+    assert table.heads == ("scale", "n")
+    assert [field.sort for field in table.rows[0]] == ["quick", 3]
+    assert not Page(table._repr_html_()).all("details")
+
+
+@pytest.mark.parametrize(
+    ("played_by", "said"),
+    [
+        ("PGD(eps=0.1, steps=20)", "PGD, 20 steps"),
+        ("mine.Square(queries=3)", "Square"),
+        ("SepAttack(image=PGD(eps=0.1, steps=7), text=BertAttack())", "SepAttack, 7 steps"),
+        ("", ""),
+        (np.nan, ""),
+    ],
+)
+def test_what_ran_in_short(played_by, said):
+    assert words.ran(played_by) == said
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def claim(number, verdict, *conditions, counts=(1, 0, 0), ours=False, note="", **changes):
+    """The rows of one claim in a frame of `verdict_table`."""
+    row = {"id": number, "statement": f"<{number}> holds", "printed": "9 %", "mark": "code", "ours": ours, "note": note}
+    row |= {"verdict": verdict, **dict(zip(("agree", "contradict", "open"), counts, strict=True)), "outside": 0}
+    bounds = {"above": 0.0, "below": np.nan, "p": 0.01, "core": True, "reason": ""} | changes
+    return [row | bounds | {"what": what, "value": value, "low": value - 2, "high": value + 2, "outcome": outcome}
+            for what, value, outcome in conditions]  # fmt: skip
+
+
+@pytest.fixture
+def found():
+    """Verdicts at two scales; the second never tested the third claim."""
+    rows = claim("P-C10", "supported", ("gain, a", 30.0, "agree"), ("gain, b", 9.0, "agree"), counts=(2, 0, 0))
+    rows += claim("P-C2", "contradicted", ("drop", -5.0, "contradict"), counts=(0, 1, 0))
+    late = claim("Q-C1", "open", ("clean", 1.0, "open"), counts=(0, 0, 1), note="n = 900 would settle it")
+    late += claim("P-OWN", "supported", ("ours", 3.0, "agree"), ours=True)
+    return {"full": pd.DataFrame(rows), "quick": pd.DataFrame(rows + late)}
+
+
+def test_verdicts_show_word_counts_effect_and_evidence(found):
+    shown = report.verdicts(found)
+    page = Page(shown._repr_html_())
+    assert [link[1]["id"] for link in page.all("a")] == ["P-C2", "P-C10", "P-OWN", "Q-C1"]
+    assert page.all("th")[1][2] == "statement"
+    rows = [row[2] for row in page.all("tr")]
+    (line,) = [row for row in rows if row.startswith("P-C10") and "holds" in row]
+    assert "✓ supported 2 agree, 0 contradict, 0 open +9.0 [+7.0, +11.0] to +30.0 [+28.0, +32.0]" in line
+    assert "9 % (code)" in line
+    (late,) = [row for row in rows if row.startswith("Q-C1") and "holds" in row]
+    assert "due" in late
+    assert "n = 900 would settle it" in late
+    folded = page.one("details")[2]
+    assert folded.startswith("Evidence")
+    assert "gain, babove 0+9.0 [+7.0, +11.0] ✓ agrees" in folded
+    assert "| P-C10" in repr(shown)
+
+
+def test_evidence_tells_what_decides_nothing_and_what_lies_outside():
+    frame = pd.DataFrame(
+        claim("A", "supported", ("side", 5.0, "agree"), core=False)
+        + claim("B", "outside this world", ("floor", np.nan, "outside"), reason="no room below 2 %", note="no room")
+    )
+    text = repr(report.verdicts({"quick": frame}))
+    assert "side (decides nothing)" in text
+    assert "○ outside this world (no room below 2 %)" in text
+
+
+def test_verdicts_of_many_pages_lead_to_them_and_have_one_anchor_each(found):
+    two = pd.concat([found["full"].assign(page=name) for name in ("ablation", "curves")])
+    links = Page(report.verdicts({"full": two})._repr_html_()).all("a")
+    assert [link[1]["href"] for link in links[:2]] == ["ablation.html#P-C2", "curves.html#P-C2"]
+    assert len({link[1]["id"] for link in links}) == 4
+
+
+def test_wrong_verdicts_are_named(found):
+    full = found["full"]
+    with pytest.raises(ValueError, match="claim 'P-C10' has 'gain, a' twice at scale full"):
+        report.verdicts({"full": pd.concat([full, full])})
     with pytest.raises(ValueError, match="unknown verdict 'maybe'"):
-        report.verdicts(verdict_table(claims).assign(verdict="maybe"), scale="quick")
+        report.verdicts({"full": full.assign(verdict="maybe")})
+    with pytest.raises(ValueError, match="no verdicts"):
+        report.verdicts({"full": full.iloc[:0]})
+
+
+def test_board_counts_the_claims_of_papers_only(found):
+    table = report.board(found, links={"P": "p/summary.html"})
+    rows = [[field.text for field in row] for row in table.rows]
+    assert rows == [
+        ["P", "Tinyworld (full)", "2", "1 supported, 1 contradicted"],
+        ["P", "Tinyworld (quick)", "2", "1 supported, 1 contradicted"],
+        ["Q", "Tinyworld (quick)", "1", "1 open"],
+    ]
+    links = [link[1].get("href") for link in Page(table._repr_html_()).all("a")]
+    assert set(links) == {"p/summary.html"}
+
+
+def test_answer_comes_first_with_words_and_figure(found):
+    picture = report.show(report.image_grid(torch.zeros(1, 3, 8, 8)), alt="One black image")
+    shown = report.answer(["A < B.", "C."], picture, {"photo": found["full"].iloc[:0], "quick": found["quick"]})
+    page = Page(shown._repr_html_())
+    assert [text[2] for text in page.all("p")[:3]] == [
+        "A < B.",
+        "C.",
+        "Tinyworld (quick): ✓ supported 2 ✗ contradicted 1 ? open 1",
+    ]
+    assert page.one("img")[1]["alt"] == "One black image"
+    assert repr(shown).splitlines()[0] == "A < B."
+    assert "[figure: One black image]" in repr(shown)
+    with pytest.raises(ValueError, match="give a list"):
+        report.answer("one sentence")
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -365,14 +507,114 @@ def test_show_writes_a_small_png_with_alternative_text():
     assert repr(shown) == f"[figure: {attributes['alt']}]"
 
 
-def test_show_asks_for_alternative_text():
-    with pytest.raises(ValueError, match="alt=' ' is not allowed"):
-        report.show(report.image_grid(torch.zeros(1, 3, 8, 8)), alt=" ")
+@pytest.mark.parametrize("alt", [" ", "bars", "Accuracies: {'clip': 3.0} as bars"])
+def test_show_asks_for_a_sentence(alt):
+    with pytest.raises(ValueError, match="is not allowed; say in a sentence"):
+        report.show(report.image_grid(torch.zeros(1, 3, 8, 8)), alt=alt)
+
+
+def test_figures_have_a_caption_and_charts_an_svg(sweep):
+    chart = report.show(report.curves(sweep, panels="dataset", title="A & B"), alt="Lines that fall with eps")
+    page = Page(chart._repr_html_())
+    assert page.one("figure")[1]["class"] == "robustclip-figure"
+    assert page.one("figcaption")[2].startswith("A & B (scale: quick)")
+    link = page.one("a")[1]
+    assert link["download"] == "figure.svg"
+    root = ElementTree.fromstring(unquote(link["href"].removeprefix("data:image/svg+xml,")))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "A & B (scale: quick)" in "".join(root.itertext())
+    again = report.show(report.curves(sweep, panels="dataset", title="A & B"), "Lines that fall with eps", "Mine.")
+    assert again.svg == chart.svg
+    assert again.caption == "Mine."
+    images = report.show(report.image_grid(torch.zeros(1, 3, 8, 8)), alt="One black image")
+    assert not Page(images._repr_html_()).all("a")
+
+
+def test_every_class_on_a_page_is_known_to_the_style_sheet(found, sweep):
+    figure = report.show(report.curves(sweep, panels="dataset"), alt="Lines that fall with eps")
+    parts = [
+        report.answer(["A."], figure, found),
+        report.verdicts(found),
+        report.board(found),
+        report.table(sweep[:2], rows="eps"),
+    ]
+    classes = {
+        name
+        for part in parts
+        for element in Page(part._repr_html_()).elements
+        for name in element[1].get("class", "").split()
+        if name.startswith("robustclip-")
+    }
+    assert len(classes) > 8
+    style = (Path(__file__).parents[1] / "book/_static/custom.css").read_text(encoding="utf-8")
+    assert not {name for name in classes if f".{name}" not in style}
+
+
+def boxes(axis):
+    """The tick labels of an x axis as drawn: rectangles in the direction of their text."""
+    found = []
+    for label in (label for label in axis.get_xticklabels() if label.get_text()):
+        turned = math.radians(label.get_rotation())
+        x, y = label.get_transform().transform(label.get_position())
+        x, y = x * math.cos(turned) + y * math.sin(turned), y * math.cos(turned) - x * math.sin(turned)
+        label.set_rotation(0)
+        size = label.get_window_extent()
+        label.set_rotation(math.degrees(turned))
+        left, top = (x - size.width, y) if turned else (x - size.width / 2, y)
+        if label.get_ha() == "center" and turned:  # upright: centered below its tick
+            left, top = x - size.width, y + size.height / 2
+        found.append((left, left + size.width, top - size.height, top))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(3, "set {}"), (9, "a rather long name {}"), (40, "set {}"), (4, "word " * 9 + "{}")]
+)
+def test_tick_labels_never_overlap(frame, count, name):
+    many = pd.concat([frame[:1].assign(dataset=name.format(i)) for i in range(count)])
+    figure = report.bars(many)
+    report.show(figure, alt="Bars of one height")
+    drawn = boxes(figure.axes[0])
+    assert len(drawn) == count
+    for one, other in pairwise(drawn):
+        assert not (one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3])
+
+
+def test_another_run_is_drawn_faintly_over_the_reference(sweep):
+    large = sweep.assign(scale="full", accuracy=sweep["accuracy"] + 5)
+    first = report.curves(large, panels="dataset", overlay=sweep).axes[0]
+    strong, faint = first.get_lines()[0], first.get_lines()[2]
+    assert faint.get_ydata().tolist() == (strong.get_ydata() - 5).tolist()
+    assert faint.get_alpha() < 0.5
+    assert faint.get_color() == strong.get_color()
+    one = sweep[sweep["eps"] > 3 / 255]
+    chart = report.bars(one.assign(scale="full", accuracy=40.0, low=30.0, high=50.0), overlay=one)
+    assert [text.get_text() for text in chart.legends[0].get_texts()] == ["clip", "TeCoA", "overlay (scale: quick)"]
+    assert [line.get_ydata().tolist() for line in chart.axes[0].get_lines() if line.get_marker() == "o"] == [
+        [50, 50],
+        [20, 20],
+    ]
+    for draw in (report.bars, report.curves):
+        alone = draw(one.iloc[:0], overlay=one[one["dataset"] == "CIFAR10"])
+        assert alone.get_suptitle() == "(scale: quick)"
+
+
+def test_forest_draws_printed_and_measured_effects():
+    rows = pd.DataFrame(claim("C1", "supported", ("a", 9.0, "agree"), ("b", -3.0, "open")))
+    figure = report.forest(rows.assign(claim=rows["id"], printed=[12.0, np.nan], scale="full"))
+    (axis,) = figure.axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["C1", "a", "b"]
+    points = [line.get_xdata()[0] for line in axis.get_lines() if line.get_marker() in ("o", "D")]
+    assert points[:3] == [9.0, 12.0, -3.0]
+    spans = [bar.get_segments()[0][:, 0].tolist() for bar in axis.collections]
+    assert spans == [[7.0, 11.0], [-5.0, -1.0]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["printed", "measured"]
+    assert "(scale: full)" in figure.get_suptitle()
 
 
 def test_show_keeps_any_picture_small():
     noise = torch.rand(6, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    shown = report.show(report.image_grid(noise, columns=3, size=2), alt="noise")
+    shown = report.show(report.image_grid(noise, columns=3, size=2), alt="Six images of noise")
     assert len(shown._repr_html_()) < 150_000
     assert picture_of(shown).format == "WEBP"
 
@@ -391,8 +633,8 @@ def test_curves_draw_the_numbers_in_order(sweep):
     looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in first.get_lines()]
     assert all(one != other for one, other in zip(*looks, strict=True))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clip", "TeCoA"]
-    shown = report.show(figure, alt="Accuracy falls")
-    assert "PGD(eps=eps, steps=10) plays PGD-20" in Page(shown._repr_html_()).one("p")[2]
+    shown = report.show(figure, alt="Accuracy falls with eps")
+    assert "PGD(eps=eps, steps=10) plays PGD-20" in Page(shown._repr_html_()).one("details")[2]
 
 
 def test_curves_of_other_quantities_and_many_panels(sweep):
@@ -427,12 +669,14 @@ def test_bars_draw_the_numbers_with_hatches(frame):
     assert np.isnan(heights["clip"][1])
     assert len({bar.get_hatch() for bar in axis.patches}) == 2
     assert [label.get_text() for label in axis.get_xticklabels()] == ["CIFAR10", "CIFAR100"]
-    assert picture_of(report.show(figure, alt="bars")).format == "PNG"
+    assert picture_of(report.show(figure, alt="Bars of two heights")).format == "PNG"
 
 
 def test_bars_of_many_sets_have_tilted_labels(frame):
-    many = pd.concat([frame[:1].assign(dataset=f"set {i}") for i in range(8)])
-    (axis,) = report.bars(many, y="seconds").axes
+    many = pd.concat([frame[:1].assign(dataset=f"the long name of set {i}") for i in range(8)])
+    figure = report.bars(many, y="seconds")
+    report.show(figure, alt="Bars of one height")
+    (axis,) = figure.axes
     assert {label.get_rotation() for label in axis.get_xticklabels()} == {40}
 
 
@@ -444,7 +688,7 @@ def test_image_grid_keeps_pixels_sharp():
     assert figure.axes[0].get_images()[0].get_interpolation() == "nearest"
     np.testing.assert_array_equal(figure.axes[4].get_images()[0].get_array(), checker[4].permute(1, 2, 0))
     plain = report.image_grid(checker[:1])
-    colors = np.unique(np.asarray(picture_of(report.show(plain, alt="checks"))))
+    colors = np.unique(np.asarray(picture_of(report.show(plain, alt="A board of checks"))))
     assert set(colors) == {0, 255}
     large = report.image_grid(torch.zeros(1, 3, 300, 600))
     assert large.axes[0].get_images()[0].get_interpolation() == "antialiased"
@@ -487,8 +731,8 @@ def test_nothing_outside_the_style_changes(frame):
     with report.style():
         assert mpl.rcParams["axes.prop_cycle"] == figures.LOOKS
         assert dict(mpl.rcParams) != before
-    report.show(report.bars(frame[frame["attack"] == "clean"]), alt="bars")
-    report.show(report.image_grid(torch.zeros(1, 3, 8, 8)), alt="black")
+    report.show(report.bars(frame[frame["attack"] == "clean"]), alt="Bars of two heights")
+    report.show(report.image_grid(torch.zeros(1, 3, 8, 8)), alt="One black image")
     assert dict(mpl.rcParams) == before
     assert mpl.colors.to_rgb("b") == color
     assert not plt.get_fignums()

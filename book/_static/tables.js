@@ -1,5 +1,5 @@
 // Tables of the class "robustclip-table": click a heading to sort, type above the table to filter.
-// Without this script the tables are complete and readable.
+// Figures of the class "robustclip-figure": a link that saves the picture. Without this script all is complete and readable.
 
 const numeric = new Intl.Collator("en", { numeric: true });
 
@@ -9,7 +9,7 @@ function sortValue(cell) {
 }
 
 function isMissing(value) {
-  return ["", "–", "—", "nan"].includes(value);
+  return ["", "–", "—", "nan", "due"].includes(value);
 }
 
 function compare(a, b) {
@@ -63,16 +63,25 @@ function addFilter(table, frame) {
 // Numbers line up on the right; short texts stay in one line; long ones get room before the table starts to scroll.
 function kindOf(texts) {
   const values = texts.filter((text) => !isMissing(text));
-  if (values.length && values.every((text) => /^[-−+]?[\d.,]+ ?%?($|\s[[±†(])/.test(text))) return "robustclip-number";
+  if (values.every((text) => /^[-−+]?[\d.,]+ ?%?($|\s[[±†⚑(])/.test(text))) return "robustclip-number";
   return values.some((text) => text.length > 24) ? "robustclip-long" : "robustclip-short";
 }
 
+// The text of a place without the muted line below it.
+function textOf(cell) {
+  const copy = cell?.cloneNode(true);
+  copy?.querySelectorAll("small").forEach((small) => small.remove());
+  return copy?.textContent.trim() ?? "";
+}
+
+// Each place knows its heading, which stands beside it where a row is shown as a card.
 function markColumns(table) {
   const rows = [...table.tBodies[0].rows];
-  for (let column = 0; column < table.tHead.rows[0].cells.length; column += 1) {
-    const kind = kindOf(rows.map((row) => row.cells[column]?.textContent.trim() ?? ""));
+  [...table.tHead.rows[0].cells].forEach((heading, column) => {
+    const kind = kindOf(rows.map((row) => textOf(row.cells[column])));
     for (const row of table.rows) row.cells[column]?.classList.add(kind);
-  }
+    for (const row of rows) if (row.cells[column]) row.cells[column].dataset.label ??= heading.textContent.trim();
+  });
 }
 
 // Wide tables scroll inside their frame instead of widening the page.
@@ -86,7 +95,18 @@ function frameOf(table) {
   return frame;
 }
 
+// The picture is in the page already: a link that saves it costs nothing here, and would double it in the HTML.
+function addSaving(figure) {
+  const { src } = figure.querySelector("img");
+  const link = document.createElement("a");
+  link.textContent = src.slice("data:image/".length, src.indexOf(";")).toUpperCase();
+  link.download = `figure.${link.textContent.toLowerCase()}`;
+  link.href = src;
+  figure.querySelector(".robustclip-save").prepend(link);
+}
+
 document.addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll("figure.robustclip-figure").forEach(addSaving);
   for (const table of document.querySelectorAll("table.robustclip-table")) {
     if (!table.tHead || !table.tBodies.length) continue;
     addFilter(table, frameOf(table));

@@ -1,6 +1,10 @@
 """Tables and figures in one visual style: no number without its scale, its data and what its attacker knew."""
 
-from robustclip.report.figures import attack_strip, bars, curves, image_grid, show, style
-from robustclip.report.tables import comparison, table, verdicts
+from robustclip.report.claims import answer, board, verdicts
+from robustclip.report.figures import attack_strip, bars, curves, forest, image_grid, show, style
+from robustclip.report.tables import comparison, listing, table
 
-__all__ = ["attack_strip", "bars", "comparison", "curves", "image_grid", "show", "style", "table", "verdicts"]
+__all__ = [
+    "answer", "attack_strip", "bars", "board", "comparison", "curves", "forest", "image_grid", "listing", "show",
+    "style", "table", "verdicts",
+]  # fmt: skip

@@ -1,12 +1,15 @@
 """Figures: one seaborn style on a white card, which reads the same on a light and on a dark page."""
 
 import io
+import math
 import textwrap
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
+from urllib.parse import quote
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -14,20 +17,24 @@ import pandas as pd
 import seaborn as sns
 import torch
 from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from robustclip.checks import check_images, check_range
 from robustclip.report import words
+from robustclip.report.markup import folded, paragraphs
 
 COLORS = sns.color_palette("colorblind", 8)
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))]
-HATCHES = ["", "///", "...", "\\\\\\", "xx", "--", "++", "oo"]
+HATCHES = ["", "///", "|||", "\\\\\\", "xx", "--", "++", "x|"]  # lines only: dots make an SVG five times larger
+FAINT = {"alpha": 0.4, "linewidth": 1, "markersize": 3}
 LOOKS = cycler(color=COLORS, marker=MARKERS, linestyle=DASHES)
 INCH = 96  # pixels of a web page
 GAP = 0.08  # inches between images
+SAFE = " =:/;,'()<>!?*+-"  # what may stand unchanged in a link to an SVG
 LIMIT = 110_000  # bytes of one picture: 147 kB once written into a page
 TRIES = [("png", 1, {}), ("webp", 1, {"lossless": True}), ("webp", 1, {"quality": 90}), ("webp", 1, {"quality": 70})]
 TRIES += [("webp", 2, {"quality": 70}), ("webp", 2, {"quality": 30})]
@@ -38,6 +45,7 @@ def style() -> Iterator[None]:
     """Draw in the book's style inside a `with` block: colorblind palette, a marker and a dash pattern per color."""
     own = {"axes.prop_cycle": LOOKS, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
     own |= {"figure.constrained_layout.use": True, "figure.figsize": (5.6, 3.6), "grid.color": "0.9"}
+    own |= {"svg.fonttype": "none", "svg.hashsalt": "robustclip"}
     own |= sns.plotting_context("notebook", font_scale=0.85)
     with mpl.rc_context(sns.axes_style("ticks") | own):
         yield
@@ -45,49 +53,74 @@ def style() -> Iterator[None]:
 
 @dataclass(frozen=True, repr=False)
 class Picture:
-    """A figure ready for a page: its file, twice `width` pixels wide, the words that stand for it, and those below."""
+    """A figure ready for a page: its file, twice `width` pixels wide, words that stand for it, caption, notes, SVG."""
 
     data: bytes
     kind: str
     width: int
     alt: str
+    caption: str = ""
     notes: tuple[str, ...] = ()
+    svg: str = ""
 
     def _repr_html_(self) -> str:
-        """Return an image that shrinks with the page; the class "dark-light" keeps themes from recoloring it."""
+        """Return a figure that style sheets number; the class "dark-light" keeps themes from recoloring it."""
+        kind, source = "dark-light" + " robustclip-chart" * bool(self.svg), escape(quote(self.svg, safe=SAFE))
+        link = f' <a download="figure.svg" href="data:image/svg+xml,{source}">SVG</a>' * bool(source)
         return (
-            f'<div class="robustclip-figure-wrap"><img class="robustclip-figure dark-light" alt="{escape(self.alt)}" '
+            f'<figure class="robustclip-figure"><div><img class="{kind}" alt="{escape(self.alt)}" '
             f'width="{self.width}" style="max-width:100%;height:auto;background:#fff;border-radius:3px;padding:0" '
-            f'src="data:image/{self.kind};base64,{b64encode(self.data).decode()}">'
-            f'<p class="robustclip-figure-note">{"<br>".join(map(escape, self.notes))}</p></div>'
+            f'src="data:image/{self.kind};base64,{b64encode(self.data).decode()}"></div>\n'
+            f'<figcaption>{escape(self.caption)}<span class="robustclip-save">{link}</span></figcaption>\n'
+            f"{folded('Data, attack, audit', paragraphs(self.notes, 'note'))}</figure>"
         )
 
     def __repr__(self) -> str:
         return "\n".join((f"[figure: {self.alt}]", *self.notes))
 
 
-def show(figure: Figure, alt: str) -> Picture:
-    """Turn a figure into a picture (PNG, or WebP if too large); `alt` says what it shows to those who cannot see it."""
-    if not alt.strip():
+def show(figure: Figure, alt: str, caption: str = "") -> Picture:
+    """Turn a figure into a picture (PNG, or WebP if too large); `alt` says what it shows to those who cannot see it.
+
+    The caption is the figure's title if none is given. Charts can be saved as SVG, too. Tick labels that would overlap
+    are abbreviated and turned first.
+    """
+    if len(alt.split()) < 3 or "{" in alt:
         raise ValueError(f"alt={alt!r} is not allowed; say in a sentence what the figure shows")
     plt.close(figure)  # else a notebook shows it a second time, without the words
+    svg = io.StringIO()
     with style():
+        for axis in figure.axes:
+            _untangle(axis)
         figure.savefig(canvas := io.BytesIO(), dpi=2 * INCH)
+        if not any(axis.images for axis in figure.axes):
+            figure.savefig(svg, format="svg", metadata={"Date": None})
     image = Image.open(canvas).convert("RGB")
     for kind, coarse, options in TRIES:
         image.reduce(coarse).save(file := io.BytesIO(), kind, **options)
         if file.tell() <= LIMIT:
             break
-    return Picture(file.getvalue(), kind, image.width // 2, alt, tuple(figure.get_label().splitlines()))
+    words_below = tuple(figure.get_label().splitlines())
+    small = svg.getvalue() if svg.tell() <= LIMIT else ""
+    return Picture(file.getvalue(), kind, image.width // 2, alt, caption or figure.get_suptitle(), words_below, small)
 
 
 def curves(
-    frame: pd.DataFrame, x: str = "eps", y: str = "accuracy", hue: str = "model", panels: str = "", title: str = ""
+    frame: pd.DataFrame,
+    x: str = "eps",
+    y: str = "accuracy",
+    hue: str = "model",
+    panels: str = "",
+    title: str = "",
+    overlay: pd.DataFrame | None = None,
 ) -> Figure:
-    """Plot `y` against `x`: a line with its Wilson band per `hue`, a panel per value of `panels`; no eps means 0."""
+    """Plot `y` against `x`: a line with its Wilson band per `hue`, a panel per value of `panels`; no eps means 0.
+
+    `overlay`, a frame of another scale or run, is drawn faintly over it; alone, if `frame` has no rows.
+    """
+    frame, overlay = (overlay, None) if frame.empty and overlay is not None else (frame, overlay)
     names = [name for name in (x, hue, panels) if name]
     words.check_unique(frame, names, y)
-    frame = frame.assign(eps=frame["eps"].fillna(0) * 255) if x == "eps" else frame
     parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
     looks = dict(zip(frame[hue].unique(), LOOKS(), strict=False))
     across = 2 if len(parts) == 4 else min(len(parts), 3)
@@ -97,20 +130,35 @@ def curves(
         axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
         for axis, (name, part) in zip(axes, parts, strict=False):
             axis.set(title=words.text_of(panels, name) if panels else "", xlabel=words.UNITS.get(x, x))
-            for label, line in part.sort_values(x).groupby(hue, sort=False):
+            for label, line in _lines(part, x, hue):
                 axis.plot(line[x], line[y], label=words.text_of(hue, label), **looks[label])
                 if y == "accuracy":
                     axis.fill_between(line[x], line["low"], line["high"], color=looks[label]["color"], alpha=0.2, lw=0)
+            if overlay is not None:
+                for label, line in _lines(overlay[overlay[panels] == name] if panels else overlay, x, hue):
+                    axis.plot(line[x], line[y], label=_faint(overlay), **looks.get(label, {}) | FAINT)
         for axis in axes[len(parts) :]:
             axis.remove()
         return _finish(figure, frame, names, y, title)
 
 
-def bars(frame: pd.DataFrame, x: str = "dataset", y: str = "accuracy", hue: str = "model", title: str = "") -> Figure:
-    """Draw bars of `y` with Wilson intervals: a group per `x`, a color and a hatch per `hue`; no bar: no result."""
-    words.check_unique(frame, [x, hue], y)
+def bars(
+    frame: pd.DataFrame,
+    x: str = "dataset",
+    y: str = "accuracy",
+    hue: str = "model",
+    title: str = "",
+    overlay: pd.DataFrame | None = None,
+) -> Figure:
+    """Draw bars of `y` with Wilson intervals: a group per `x`, a color and a hatch per `hue`; no bar: no result.
+
+    `overlay`, a frame of another scale or run, is drawn as faint circles; as bars, if `frame` has no rows.
+    """
+    frame, overlay = (overlay, None) if frame.empty and overlay is not None else (frame, overlay)
+    for part in (frame, overlay):
+        words.check_unique(frame if part is None else part, [x, hue], y)
     groups, names = list(frame[x].unique()), list(frame[hue].unique())
-    width, crowded = 0.8 / len(names), len(groups) > 5
+    width = 0.8 / len(names)
     with style():
         figure = Figure(figsize=(min(9, max(4.2, 1.2 + 0.3 * len(groups) * (len(names) + 1))), 3.8))
         axis = figure.subplots()
@@ -121,10 +169,38 @@ def bars(frame: pd.DataFrame, x: str = "dataset", y: str = "accuracy", hue: str 
             errors = [part[y] - part["low"], part["high"] - part[y]] if y == "accuracy" else None
             drawn = axis.bar(places, part[y], width, yerr=errors, label=words.text_of(hue, name), **look)
             axis.bar_label(drawn, fmt="%.0f", fontsize="x-small", padding=1)
-        labels = [words.text_of(x, group) for group in groups]
-        axis.set_xticks(range(len(groups)), labels, rotation=40 * crowded, ha="right" if crowded else "center")
+            if overlay is not None:
+                over = overlay[overlay[hue] == name].set_index(x).reindex(groups)[y]
+                axis.plot(places, over, "o", color="0.2", mfc="white", ms=4, alpha=0.7, label=_faint(overlay))
+        axis.set_xticks(range(len(groups)), [words.text_of(x, group) for group in groups])
         axis.grid(False, axis="x")
         return _finish(figure, frame, [x, hue], y, title)
+
+
+def forest(frame: pd.DataFrame, unit: str = "gain in accuracy (points)", title: str = "Printed and measured") -> Figure:
+    """Draw a line per effect, grouped by claim: measured with its interval (dot), printed by the paper (diamond).
+
+    Columns: `claim`, `what`, `value`, `low`, `high`, `printed` and `scale`; NaN is not drawn.
+    """
+    with style():
+        figure = Figure(figsize=(6.4, 1.3 + 0.23 * (len(frame) + frame["claim"].nunique())))
+        axis, place, ticks = figure.subplots(), 0, {}
+        for claim, part in frame.groupby("claim", sort=False):
+            ticks[place] = claim
+            for row in part.to_dict("records"):
+                place += 1
+                ticks[place] = row["what"]
+                ends = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+                axis.errorbar(row["value"], place, xerr=ends, fmt="o", color=COLORS[0], label="measured", capsize=2)
+                axis.plot(row["printed"], place, "D", color=COLORS[1], mfc="none", label="printed")
+            place += 1
+        axis.set_yticks(list(ticks), list(ticks.values()))
+        for tick in axis.get_yticklabels():
+            tick.set_fontweight("bold" if tick.get_text() in set(frame["claim"]) else "normal")
+        axis.set(ylim=(place - 0.4, -0.6), xlabel=unit)
+        axis.axvline(0, color="0.3", linewidth=0.8)
+        axis.grid(False, axis="y")
+        return _finish(figure, frame, [], "", title)
 
 
 def image_grid(images: Tensor, titles: Sequence[str] = (), columns: int = 6, size: float = 1.2) -> Figure:
@@ -169,16 +245,49 @@ def attack_strip(
     return image_grid(strip, [head.removesuffix(": ") for head in heads], columns=3, size=1.6)
 
 
+def _lines(frame: pd.DataFrame, x: str, hue: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The lines of a chart, each in the order of `x`; eps in 1/255."""
+    frame = frame.assign(eps=frame["eps"].fillna(0) * 255) if x == "eps" else frame
+    return iter(frame.sort_values(x).groupby(hue, sort=False))
+
+
+def _faint(overlay: pd.DataFrame) -> str:
+    """The one name of everything that is drawn faintly."""
+    return f"overlay ({words.scale_of(overlay)})"
+
+
+def _untangle(axis: Axes) -> None:
+    """Turn the tick labels of the x axis, and abbreviate long ones, if one would run into its neighbor."""
+    axis.figure.draw_without_rendering()
+    low, high = sorted(axis.get_xlim())
+    labels = [label for label in axis.get_xticklabels() if label.get_text() and low <= label.get_position()[0] <= high]
+    boxes = [label.get_window_extent() for label in labels]
+    if any(label.get_rotation() for label in labels) or not any(a.overlaps(b) for a, b in pairwise(boxes)):
+        return
+    gap = min(b.x0 + b.x1 - a.x0 - a.x1 for a, b in pairwise(boxes)) / 2
+    tall = 1.1 * max(box.height for box in boxes)
+    turn = 40 if tall < gap * math.sin(math.radians(40)) else 90
+    texts = [textwrap.shorten(label.get_text(), 24, placeholder="…") for label in labels]
+    look = {
+        "rotation": turn,
+        "ha": "right" if turn == 40 else "center",
+        "rotation_mode": "anchor" if turn == 40 else "default",
+    }
+    axis.set_xticks([label.get_position()[0] for label in labels], texts, **look)
+
+
 def _finish(figure: Figure, frame: pd.DataFrame, shown: list[str], y: str, title: str) -> Figure:
     """Add what every chart needs: title with scale, unit, legend, and below it the notes that belong to its numbers."""
     if y == "accuracy":
         figure.axes[0].set_ylim(-2, 104)
-    figure.supylabel(words.UNITS.get(y, y), fontsize="medium")
+    if y:
+        figure.supylabel(words.UNITS.get(y, y), fontsize="medium")
     figure.suptitle(f"{title} ({words.scale_of(frame)})".strip(), fontsize="medium")
     known = {
         name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
+    known = dict(sorted(known.items(), key=lambda item: item[0].startswith("overlay")))
     columns = max(1, int(figure.get_figwidth() / (0.6 + 0.07 * max(map(len, known)))))
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    figure.set_label("\n".join(words.notes(frame, shown, y)))  # `show` puts it below the picture
+    figure.set_label("\n".join(words.notes(frame, shown, y) if y else ""))  # `show` puts it below the picture
     return figure

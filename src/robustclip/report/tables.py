@@ -1,6 +1,6 @@
 """Tables: semantic HTML that needs no script, and the same as Markdown where HTML is not shown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -10,46 +10,69 @@ import pandas as pd
 
 from robustclip.checks import check_choice
 from robustclip.report import words
+from robustclip.report.markup import folded, marked, paragraphs
+from robustclip.study.scales import scale as scale_named
 
-VERDICTS = {"reproduced": "✓", "partly": "◐", "not reproduced": "✗", "not testable": "○"}
+CELL = ["model", "role", "attack", "attacker", "defense", "seed"]  # the same at two scales: the same experiment
 
 
-class Entry(NamedTuple):
-    """One place in a table: what is read, what a script sorts by, whether it is the best."""
+class Field(NamedTuple):
+    """One place in a table: what is read, what a script sorts by, whether it is the best, muted lines below.
+
+    `html` is shown instead of the text where a place holds more than text.
+    """
 
     text: str = words.MISSING
     sort: object = ""
     best: bool = False
+    small: tuple[str, ...] = ()
+    html: str = ""
 
 
 @dataclass(frozen=True, repr=False)
-class Table:
-    """A finished table; the first `labels` columns name the row."""
+class HtmlTable:
+    """A finished table: the first `labels` columns name the row, `note` stands below, `notes` are folded."""
 
     heads: tuple[str, ...]
-    rows: tuple[tuple[Entry, ...], ...]
+    rows: tuple[tuple[Field, ...], ...]
     labels: int
     caption: str
     notes: tuple[str, ...] = ()
+    note: str = ""
 
     def _repr_html_(self) -> str:
         """Return plain HTML; "dataframe" is the class that notebook and book themes color in light and dark."""
         heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in self.heads)
-        tags = [("th", ' scope="row"')] * self.labels + [("td", "")] * (len(self.heads) - self.labels)
-        body = "\n".join(f"<tr>{''.join(map(_html, tags, row))}</tr>" for row in self.rows)
+        caption = f"<caption>{escape(self.caption)}</caption>\n" * bool(self.caption)
+        body = "\n".join(f"<tr>{''.join(map(self._place, range(len(row)), row))}</tr>" for row in self.rows)
+        below = paragraphs(filter(None, self.note.splitlines()), "note")
         return (
-            '<div class="robustclip-table-wrap" style="overflow-x:auto">\n<table class="robustclip-table dataframe">\n'
-            f"<caption>{escape(self.caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n"
-            f'</table>\n<p class="robustclip-table-note">{"<br>".join(map(escape, self.notes))}</p>\n</div>'
+            '<div class="robustclip-table-wrap">\n<table class="robustclip-table dataframe">\n'
+            f"{caption}<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n"
+            f"</table>\n</div>\n{below}{folded('Data, attack, audit', paragraphs(self.notes, 'note'))}"
         )
 
+    def _place(self, column: int, field: Field) -> str:
+        tag, scope = ("th", ' scope="row"') if column < self.labels else ("td", "")
+        text = field.html or marked(field.text)
+        text = f"<strong>{text}</strong>" if field.best else text
+        text += "".join(f" <small>{marked(line)}</small>" for line in field.small)
+        label = escape(self.heads[column])
+        return f'<{tag}{scope} data-label="{label}" data-sort="{escape(str(field.sort))}">{text}</{tag}>'
+
     def __repr__(self) -> str:
-        body = [[f"**{entry.text}**" if entry.best else entry.text for entry in row] for row in self.rows]
+        body = [[", ".join([f"**{it.text}**" if it.best else it.text, *it.small]) for it in row] for row in self.rows]
         lines = [[text.replace("|", "\\|") for text in line] for line in (self.heads, *body)]
         widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
         grid = "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
-        return "\n\n".join([self.caption, grid, *self.notes])
+        return "\n\n".join(filter(None, [self.caption, grid, self.note.strip(), *self.notes]))
+
+
+def listing(frame: pd.DataFrame, caption: str = "", labels: int = 1, note: str = "") -> HtmlTable:
+    """Show any frame as it is, in the style of the book; the first `labels` columns name the row."""
+    lines = [tuple(map(label, frame.columns, row)) for row in frame.itertuples(index=False)]
+    return HtmlTable(tuple(map(str, frame.columns)), tuple(lines), labels, caption, note=note)
 
 
 def table(
@@ -61,87 +84,148 @@ def table(
     best: str | None = None,
     caption: str = "Results",
     note: str = "",
-) -> Table:
+) -> HtmlTable:
     """Pivot a frame of `evaluate`: one `value` for each combination of `rows` and `columns`; two are an error.
 
-    `interval` is "range" (83.0 [79.1, 86.4]), "half" (83.0 ± 3.6) or "none". `best="model"` prints the highest of the
-    models in bold, for each column and each combination of the other rows.
+    `interval` is "range" (83.0 [79.1, 86.4]), "half" (83.0 ± 3.6), "below" (a line of its own, with n) or "none".
+    `best="model"` prints the highest of the models in bold, for each column and combination of the other rows.
     """
     down, across = ([names] if isinstance(names, str) else list(names) for names in (rows, columns))
-    check_choice("interval", interval, ("range", "half", "none"))
+    check_choice("interval", interval, ("range", "half", "below", "none"))
     words.check_unique(frame, down + across, value)
-    printed, tops = frame[value].round(1), [False] * len(frame)
-    if best:
-        rest = [frame[name] for name in down + across if name != check_choice("best", best, down)]
-        tops = printed.eq(printed.groupby(rest or printed.isna(), dropna=False).transform("max"))
-    body: dict[tuple, dict[tuple, Entry]] = {}
-    for record, top in zip(frame.to_dict("records"), tops, strict=True):
-        row, head = (tuple(_label(name, record[name]) for name in names) for names in (down, across))
-        body.setdefault(row, {})[head] = _number(record, value, interval if value == "accuracy" else "none", top)
+    body: dict[tuple, dict[tuple, Field]] = {}
+    for record in frame.to_dict("records"):
+        row, head = (tuple(label(name, record[name]) for name in names) for names in (down, across))
+        body.setdefault(row, {})[head] = number(record, value, interval if value == "accuracy" else "none")
     heads = list(dict.fromkeys(head for line in body.values() for head in line))
-    titles = (" / ".join(entry.text for entry in head) or words.UNITS.get(value, value) for head in heads)
-    lines = tuple((*row, *(line.get(head, Entry()) for head in heads)) for row, line in body.items())
-    notes = (note,) * bool(note) + words.notes(frame, down + across, value)
-    return Table((*down, *titles), lines, len(down), f"{caption} ({words.scale_of(frame)})", notes)
+    titles = (" / ".join(field.text for field in head) or words.UNITS.get(value, value) for head in heads)
+    lines = [(*row, *(line.get(head, Field()) for head in heads)) for row, line in body.items()]
+    lines = _with_best(lines, down, check_choice("best", best, down)) if best else lines
+    notes, below = words.notes(frame, down + across, value), f"{note}\n{words.played(frame)}"
+    return HtmlTable((*down, *titles), tuple(lines), len(down), f"{caption} ({words.scale_of(frame)})", notes, below)
 
 
-def comparison(frame: pd.DataFrame, results: pd.DataFrame, caption: str = "Paper and this run") -> Table:
-    """Put the numbers of `compare` side by side: paper, reference run at scale full (`reference`, if known), this run.
+def comparison(
+    printed: pd.DataFrame,
+    run: pd.DataFrame,
+    references: Mapping[str, pd.DataFrame] | None = None,
+    on: Sequence[str] = ("method", "attack", "dataset"),
+    methods: Mapping[str, str] | None = None,
+    best: str | None = None,
+    caption: str = "Paper and measurements",
+    note: str = "",
+) -> HtmlTable:
+    """Put paper, references and this run side by side, one column per number, with n and interval below each.
 
-    `results`, the frame of `evaluate` that was compared, supplies scale and notes. A printed number that is not from
-    the paper itself is followed by its grade. `attacker` and `setting` are shown where they tell rows apart.
+    `printed` comes from `reported`, `run` from `evaluate`, `references` maps scales to their shipped results; of those
+    the cells of this run are taken, at the same multiple of their scale's budget (at equal eps if `on` names eps), on
+    the most images. `methods` translates our names into the paper's. A missing reference is "due". A printed number
+    that is not from the paper itself is followed by its grade. `best="method"`: the highest of the methods in bold.
     """
-    down = [name for name in ("method", "attack", "printed_eps", "eps", "dataset") if name in frame]
-    down += ["attacker"] * (frame.get("attacker", pd.Series()).replace("none", pd.NA).nunique() > 1)
-    down += ["setting"] * bool("setting" in frame and frame.duplicated(down).any())
-    titles = {"printed_eps": "eps (paper)", "eps": "eps (this run)"}
-    heads = [titles.get(name, name) for name in down] + ["paper (%)", "reference (%, full)", "this run (%)"]
-    lines = []
-    for record in frame.to_dict("records"):
-        exact = "" if pd.isna(record["printed"]) else f"{record['printed']:.2f}".removesuffix("0")
-        printed = Entry(words.text_of("printed", exact) + _mark(record.get("grade")), exact)
-        reference = _number({"reference": record.get("reference")}, "reference")
-        labels = (_label(name, record[name]) for name in down)
-        lines.append((*labels, printed, reference, _number(record, "ours", "range")))
-    caption = f"{caption} ({words.scale_of(results)})"
-    return Table(tuple(heads), tuple(lines), len(down), caption, words.notes(results, down))
+    on, run = list(on), _named(run, methods)
+    measured = {words.WORLDS.get(scale, scale): frame for scale, frame in (references or {}).items()}
+    measured = {head: _same_cells(frame, run, on, methods) for head, frame in measured.items()}
+    columns = {head: _column(frame, on, number) for head, frame in measured.items()}
+    here, eps = (
+        f"this run ({', '.join(run['scale'].unique())})",
+        printed["eps_value"].mask(printed["attack"] == "clean", 0.0),
+    )
+    theirs = printed.assign(accuracy=printed["value"], printed_eps=printed["eps"], eps=eps)
+    columns = {"paper": _column(theirs, on, _printed)} | columns | {here: _column(run, on, number)}
+    lines = [
+        (
+            *map(label, on, key),
+            *(
+                column.get(key, Field(words.DUE if head in measured else words.MISSING))
+                for head, column in columns.items()
+            ),
+        )
+        for key in dict.fromkeys([*columns["paper"], *columns[here]])
+    ]
+    lines = _with_best(lines, on, check_choice("best", best, on)) if best else lines
+    said = {head: frame for head, frame in (measured | {here: run}).items() if len(frame)}
+    heads = [f"{head}, n = {said[head]['n'].iloc[0]:,.0f}" if _same_n(said.get(head, ())) else head for head in columns]
+    notes = tuple(f"{head}: {' '.join(words.notes(frame, on))}" for head, frame in said.items())
+    below = "\n".join(
+        [note, *(f"{head}: {words.played(frame)}" for head, frame in said.items() if words.played(frame))]
+    )
+    return HtmlTable((*on, *heads), tuple(lines), len(on), f"{caption}: accuracy (%)", notes, below)
 
 
-def verdicts(frame: pd.DataFrame, scale: str | None = None, caption: str = "Claims under test") -> Table:
-    """List claims (id, statement, printed, verdict, evidence), each verdict as a symbol and in words."""
-    names = ["id", "statement", "printed", "verdict", "evidence"]
-    if (frame["printed"].fillna("") == "").all():  # claims of our own, printed nowhere
-        names.remove("printed")
-    lines = []
-    for record in frame.to_dict("records"):
-        word = record["verdict"]
-        kind = check_choice("verdict", next((kind for kind in VERDICTS if word.startswith(kind)), word), VERDICTS)
-        printed = f"{record['printed']}{_mark(record.get('mark'))}"
-        shown = record | {"verdict": f"{VERDICTS[kind]} {word}", "printed": printed}
-        lines.append(tuple(_label(name, shown[name]) for name in names))
-    return Table(tuple(names), tuple(lines), 1, f"{caption} ({words.scale_of(frame, scale)})")
+def label(name: str, value: object) -> Field:
+    """The place of a value that names its row."""
+    return Field(words.text_of(name, value), "" if pd.isna(value) else value)
 
 
-def _label(name: str, value: object) -> Entry:
-    return Entry(words.text_of(name, value), "" if pd.isna(value) else value)
+def number(record: Mapping, value: str = "accuracy", interval: str = "below") -> Field:
+    """Write a number with its interval (its ends, half its width, or in lines below with n) and its marks."""
+    found, low, high = record.get(value), record.get("low", np.nan), record.get("high", np.nan)
+    if pd.isna(found):
+        return Field()
+    text, ends = f"{found:,}" if isinstance(found, int) else f"{found:,.1f}", f"[{low:.1f}, {high:.1f}]"
+    below = [(low + high, ends), (record.get("n"), "n = {:,.0f}"), (record.get("distinct"), "{:.0f} distinct prompts")]
+    small = tuple(line.format(known) for known, line in below if interval == "below" and not pd.isna(known))
+    if not pd.isna(low + high):
+        text += {"half": f" ± {(high - low) / 2:.1f}", "range": f" {ends}"}.get(interval, "")
+    text += f" {words.STALE}" * (record.get("stale") in (True,))
+    text += f" {words.FLAGGED}" * (value == "accuracy" and bool(words.flags_of(record.get("flags"))))
+    return Field(text, found, small=small)
 
 
-def _mark(origin: object) -> str:
+def grade_of(origin: object) -> str:
     """Say where a printed number was found, if not in the paper itself."""
-    return "" if pd.isna(origin) or origin in ("primary", "paper", "") else f" ({origin})"
+    return "" if pd.isna(origin) or origin in ("primary", "paper", "") else f"({origin})"
 
 
-def _number(record: dict, value: str, interval: str = "none", best: bool = False) -> Entry:
-    """Write a number with its interval (half its width, or its ends) and the mark of an old result."""
-    number, low, high = record.get(value), record.get("low", np.nan), record.get("high", np.nan)
-    text = f"{number:,}" if isinstance(number, int) else f"{number or 0:,.1f}"
-    if interval != "none" and not pd.isna(low + high):
-        text += f" ± {(high - low) / 2:.1f}" if interval == "half" else f" [{low:.1f}, {high:.1f}]"
-    marks = f" {words.STALE}" * (record.get("stale") in (True,))
-    marks += f" {words.FLAGGED}" * (value == "accuracy" and bool(words.flags_of(record.get("flags"))))
-    return Entry() if pd.isna(number) else Entry(text + marks, number, best)
+def _named(frame: pd.DataFrame, methods: Mapping[str, str] | None) -> pd.DataFrame:
+    """Add the paper's name of the method (the defense, else the model) and the budget in units of its scale's."""
+    names = frame["defense"].where(frame["defense"] != "none", frame["model"])
+    usual = frame["scale"].map({name: scale_named(name).reference_eps for name in frame["scale"].unique()})
+    multiple = (frame["eps"].fillna(0) / usual).round(3)
+    return frame.assign(method=names.map(lambda name: (methods or {}).get(name, name)), multiple=multiple)
 
 
-def _html(tag: tuple[str, str], entry: Entry) -> str:
-    text = f"<strong>{escape(entry.text)}</strong>" if entry.best else escape(entry.text)
-    return f'<{tag[0]}{tag[1]} data-sort="{escape(str(entry.sort))}">{text}</{tag[0]}>'
+def _same_n(frame: pd.DataFrame) -> bool:
+    """Whether all numbers of a column are of equally many images, which then stands in its head."""
+    return "n" in frame and frame["n"].nunique() == 1
+
+
+def _column(frame: pd.DataFrame, on: list[str], place: Callable[[dict], Field]) -> dict[tuple, Field]:
+    """The places of a column by what names their rows."""
+    words.check_unique(frame, on, "accuracy")
+    records = frame.drop(columns="n" if _same_n(frame) else []).to_dict("records")
+    return dict(zip(frame[on].itertuples(index=False, name=None), map(place, records), strict=True))
+
+
+def _same_cells(
+    frame: pd.DataFrame, run: pd.DataFrame, on: list[str], methods: Mapping[str, str] | None
+) -> pd.DataFrame:
+    """The cells of a reference that this run measures too, each on the most images that are known."""
+    if frame.empty:
+        return run[:0]
+    same = [*CELL, "eps" if "eps" in on else "multiple"]
+    kept = _named(frame, methods).merge(run[same].drop_duplicates(), on=same)
+    return kept.sort_values("n", ascending=False).drop_duplicates([*same, "dataset"])
+
+
+def _printed(row: Mapping) -> Field:
+    """A number as a paper prints it, with its budget, and its grade if it is not from the paper itself."""
+    below = (f"eps {row['printed_eps']}" * bool(row["printed_eps"]), grade_of(row.get("grade")))
+    return Field(f"{row['value']:.2f}".removesuffix("0"), row["value"], small=tuple(filter(None, below)))
+
+
+def _with_best(lines: list[tuple[Field, ...]], down: list[str], best: str) -> list[tuple[Field, ...]]:
+    """Mark the highest number of each column, as it is printed, among rows whose names differ in `best` only."""
+    count, place = len(down), down.index(best)
+    rivals = [" / ".join(field.text for field in (*line[:place], *line[place + 1 : count])) for line in lines]
+    shown = pd.DataFrame(
+        [
+            [np.nan if it.sort == "" else float(it.text.split()[0].replace(",", "")) for it in line[count:]]
+            for line in lines
+        ]
+    )
+    tops = shown.eq(shown.groupby(rivals).transform("max")).to_numpy()
+    return [
+        (*line[:count], *(field._replace(best=bool(top)) for field, top in zip(line[count:], row, strict=True)))
+        for line, row in zip(lines, tops, strict=True)
+    ]

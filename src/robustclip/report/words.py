@@ -1,15 +1,18 @@
 """The words around a number, shared by tables and figures: units, scale, who played a role, what the attacker knew."""
 
+import re
+
 import pandas as pd
 
 from robustclip.checks import check_choice
 
-MISSING, STALE, FLAGGED = "–", "†", "⚑"
+MISSING, DUE, STALE, FLAGGED = "–", "due", "†", "⚑"
 UNITS = {"accuracy": "accuracy (%)", "eps": "perturbation radius eps (1/255)", "steps": "attack steps", "n": "images"}
 UNITS |= {"seconds": "time (s)", "forward": "images forward", "backward": "images backward"}
 KNOWS = {"blind": "blind (sees only the undefended model)", "aware": "aware (sees the defended model)"}
 KNOWS |= {"?": "blind or aware is not recorded"}
-SETTINGS = ["scale", "model", "defense", "dataset", "attack", "attacker", "eps", "n", "seed", "setting"]
+WORLDS = {"quick": "Tinyworld (quick)", "full": "Tinyworld (full)", "paper": "paper's data"}  # other scales: their name
+SETTINGS = ["scale", "model", "defense", "dataset", "attack", "attacker", "eps", "n", "seed", "setting", "metric"]
 
 
 def text_of(name: str, value: object) -> str:
@@ -21,11 +24,25 @@ def text_of(name: str, value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def scale_of(frame: pd.DataFrame, scale: str | None = None) -> str:
+def ran(played_by: object) -> str:
+    """Say in short what ran: "PGD, 20 steps" for PGD(eps=0.02, steps=20); empty if nothing did."""
+    name = re.match(r"[\w.]+", played_by) if isinstance(played_by, str) else None
+    steps = re.findall(r"\bsteps=(\d+)", played_by)[:1] if name else []
+    return ", ".join([name[0].rpartition(".")[2], *(f"{count} steps" for count in steps)]) if name else ""
+
+
+def played(frame: pd.DataFrame) -> str:
+    """Say in short what ran under which name: "PGD, 20 steps, plays PGD-100."; empty where nothing attacked."""
+    if not {"played_by", "attack"} <= set(frame.columns):
+        return ""
+    return _plays(frame.assign(played_by=frame["played_by"].map(ran)), "played_by", "attack", ",")
+
+
+def scale_of(frame: pd.DataFrame) -> str:
     """Return "scale: quick"; a number without its scale is an error."""
-    if not scale and "scale" not in frame:
-        raise ValueError("scale=None is not allowed for a frame without a column 'scale'; name it, as in scale='quick'")
-    return f"scale: {scale or ', '.join(frame['scale'].unique())}"
+    if "scale" not in frame:
+        raise ValueError("a frame without a column 'scale' is not allowed; add it, as in frame.assign(scale='quick')")
+    return f"scale: {', '.join(frame['scale'].unique())}"
 
 
 def check_unique(frame: pd.DataFrame, names: list[str], value: str) -> None:
@@ -61,15 +78,15 @@ def flags_of(value: object) -> list[str]:
 
 
 def _audit(frame: pd.DataFrame) -> str:
-    """Say which attacked numbers carry audit flags, and how many passed or were not audited."""
+    """Say how many attacked numbers were audited and passed, and which flags the others carry."""
     known = frame.get("flags", pd.Series(dtype=object)).fillna("")
     known = known[known != ""]
     if known.empty:
         return ""
     flags = sorted({name for value in known for name in flags_of(value)})
-    missing = known.str.contains("not audited").sum()
-    said = [f"{(known == 'passed').sum()} of {len(known)} attacked numbers passed"]
-    said += [f"{missing} not audited"] * bool(missing)
+    audited = (~known.str.contains("not audited")).sum()
+    said = [f"{(known == 'passed').sum()} of {audited} audited numbers passed"] * bool(audited)
+    said += [f"{len(known) - audited} not audited" if audited else "not audited"] * bool(audited < len(known))
     said += [f"{FLAGGED} flagged: {', '.join(flags)}"] * bool(flags)
     return f"Audit: {', '.join(said)}."
 
@@ -81,8 +98,14 @@ def _cast(frame: pd.DataFrame, shown: list[str], what: str, player: str, role: s
     known = frame[frame[player].fillna("") != ""].astype({player: str})
     budget = (lambda found: "eps") if "eps" in shown else (lambda found: text_of("eps", float(found[0])))
     players = known[player].str.replace(r"(?<=\beps=)[\d.e-]+", budget, regex=True)
-    plays = [f"{name} plays {', '.join(part[role].unique())}" for name, part in known.groupby(players, sort=False)]
-    return f"{what}: {'; '.join(plays)}." if plays else ""
+    plays = _plays(known.assign(**{player: players}), player, role)
+    return f"{what}: {plays}" if plays else ""
+
+
+def _plays(frame: pd.DataFrame, player: str, role: str, comma: str = "") -> str:
+    known = frame[(frame[player] != "") & (frame[player] != frame[role])].groupby(player, sort=False)[role]
+    plays = "; ".join(f"{name}{comma} plays {', '.join(roles.unique())}" for name, roles in known)
+    return f"{plays}." * bool(plays)
 
 
 def _attacker(frame: pd.DataFrame, shown: list[str]) -> str:

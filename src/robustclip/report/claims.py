@@ -1,0 +1,135 @@
+"""What was claimed and what was found: the answer on top of a page, claims with verdict and evidence, the board."""
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import pandas as pd
+
+from robustclip.checks import check_choice
+from robustclip.report.figures import Picture
+from robustclip.report.markup import SYMBOLS, Block, badge, folded, paragraphs
+from robustclip.report.tables import Field, HtmlTable, grade_of, label
+from robustclip.report.words import DUE, MISSING, WORLDS
+
+OUTCOMES = {"agree": "✓ agrees", "contradict": "✗ contradicts", "open": "? open", "outside": "○ outside this world"}
+
+
+def answer(
+    sentences: Sequence[str], figure: Picture | None = None, verdicts: Mapping[str, pd.DataFrame] | None = None
+) -> Block:
+    """Open a page with what was found: two or three computed sentences, verdict words with counts, one figure."""
+    if isinstance(sentences, str) or not sentences:
+        raise ValueError(f"sentences={sentences!r} is not allowed; give a list of two or three sentences")
+    counted = {WORLDS.get(scale, scale): _words(frame) for scale, frame in (verdicts or {}).items() if len(frame)}
+    badges = [f"<p>{escape(head)}: {_badges(counts)}</p>" for head, counts in counted.items()]
+    html = [paragraphs(sentences, "said"), *badges, figure._repr_html_() if figure else ""]
+    text = [*sentences, *(f"{head}: {_counted(counts)}" for head, counts in counted.items())]
+    text += [repr(figure)] * bool(figure)
+    section = '<section class="robustclip-answer" aria-label="Answer">'
+    return Block("\n".join([section, *html, "</section>"]), "\n\n".join(text))
+
+
+def verdicts(found: Mapping[str, pd.DataFrame], caption: str = "Claims under test") -> Block:
+    """List claims with the verdict at each scale, its counts and effect; below, folded, every condition at every scale.
+
+    `found` maps scales to frames of `verdict_table` or `kept_verdicts`. Each claim is the anchor of its id; in a frame
+    of several pages it leads to the page that tested it.
+    """
+    rows = _together(found)
+    lines, seen = [], set()
+    for (number, page), mine in sorted(rows.groupby(["id", "page"]), key=lambda group: _natural(*group[0])):
+        first, anchor = mine.iloc[0], f"{number}-{page}".replace("/", "-") if number in seen else number
+        seen.add(number)
+        target = f"{page}.html#{number}" if page else f"#{anchor}"
+        name = f'<a id="{escape(anchor)}" href="{escape(target)}">{escape(number)}</a>'
+        printed = f"{first['printed']} {grade_of(first['mark'])}".strip() or MISSING
+        verdicts = [_verdict(mine[mine["scale"] == scale]) for scale in found]
+        lines.append((Field(number, html=name), Field(first["statement"]), Field(printed), *verdicts))
+    heads = ("claim", "statement", "printed", *(WORLDS.get(scale, scale) for scale in found))
+    table = HtmlTable(heads, tuple(lines), 1, caption)
+    evidence = _evidence(rows, found)
+    folding = folded("Evidence: every condition at every scale", evidence._repr_html_())
+    return Block(table._repr_html_() + folding, f"{table!r}\n\n{evidence!r}")
+
+
+def board(found: Mapping[str, pd.DataFrame], links: Mapping[str, str] | None = None) -> HtmlTable:
+    """Count the papers' claims by verdict, a line per paper and scale; `links` maps papers (as ids begin) to pages."""
+    rows = _together(found).drop_duplicates(["scale", "page", "id"])
+    rows = rows[~rows["ours"].astype(bool)].assign(paper=rows["id"].str.partition("-")[0])
+    lines = []
+    for (paper, scale), part in rows.groupby(["paper", "scale"], sort=False):
+        counts, link = _words(part), escape((links or {}).get(paper, ""))
+        name = Field(paper, html=f'<a href="{link}">{escape(paper)}</a>' * bool(link))
+        verdicts = Field(_counted(counts), counts.get("supported", 0), html=_badges(counts, link))
+        lines.append((name, Field(WORLDS.get(scale, scale)), Field(str(len(part)), len(part)), verdicts))
+    return HtmlTable(("paper", "scale", "claims", "verdicts"), tuple(lines), 2, "Claims of the papers, by verdict")
+
+
+def _together(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The verdicts of all scales in one frame with the columns `scale` and `page`; a condition may stand there once."""
+    if not found or all(frame.empty for frame in found.values()):
+        raise ValueError("no verdicts; give frames of `verdict_table` by scale, as in {'quick': frame}")
+    rows = pd.concat([frame.assign(scale=scale) for scale, frame in found.items()], ignore_index=True)
+    rows = rows.assign(page=rows.get("page", pd.Series("", index=rows.index)).fillna(""))
+    for word in rows["verdict"].unique():
+        check_choice("verdict", word, SYMBOLS)
+    for row in rows[rows.duplicated(["scale", "page", "id", "what"])].to_dict("records"):
+        raise ValueError(f"claim {row['id']!r} has {row['what']!r} twice at scale {row['scale']}; give an id once")
+    return rows
+
+
+def _natural(*texts: str) -> list[list]:
+    """A key that sorts C2 before C10."""
+    return [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)] for text in texts]
+
+
+def _words(frame: pd.DataFrame) -> dict[str, int]:
+    """How many claims got each verdict, in the order of the words."""
+    keys = [name for name in ("page", "id") if name in frame]
+    counts = frame.drop_duplicates(keys)["verdict"].value_counts()
+    return {word: int(counts[word]) for word in SYMBOLS if word in counts}
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in counts.items())
+
+
+def _badges(counts: Mapping[str, int], link: str = "") -> str:
+    return " ".join(badge(word, count, link) for word, count in counts.items())
+
+
+def _verdict(part: pd.DataFrame) -> Field:
+    """The verdict on a claim at one scale: word, three counts, and the smallest and largest effect it rests on."""
+    if part.empty:
+        return Field(DUE)
+    first = part.iloc[0]
+    effects = part[part["core"].astype(bool) & part["value"].notna()].sort_values("value")
+    ends = dict.fromkeys(_interval(row) for row in effects.iloc[[0, -1]].to_dict("records")) if len(effects) else {}
+    counts = f"{first['agree']} agree, {first['contradict']} contradict, {first['open']} open"
+    small = tuple(filter(None, [counts if ends else "", " to ".join(ends), first["note"]]))
+    word = first["verdict"]
+    return Field(f"{SYMBOLS[word]} {word}", [*SYMBOLS].index(word), small=small, html=badge(word))
+
+
+def _evidence(rows: pd.DataFrame, scales: Mapping[str, object]) -> HtmlTable:
+    """One line per condition: where it had to lie, and the estimate with its outcome at each scale."""
+    lines = []
+    for (_, claim, what), part in rows.groupby(["page", "id", "what"], sort=False):
+        by_scale = {row["scale"]: row for row in part.to_dict("records")}
+        row = next(iter(by_scale.values()))
+        bounds = [f"{side} {row[side]:g}" for side in ("above", "below") if not pd.isna(row[side])]
+        places = [_outcome(by_scale[scale]) if scale in by_scale else Field(DUE) for scale in scales]
+        what += " (decides nothing)" * (not row["core"])
+        lines.append((Field(claim), label("what", what), Field(" and ".join(bounds) or MISSING), *places))
+    heads = ("claim", "condition", "agrees if", *(WORLDS.get(scale, scale) for scale in scales))
+    return HtmlTable(heads, tuple(lines), 2, "")
+
+
+def _outcome(row: Mapping) -> Field:
+    text = OUTCOMES[row["outcome"]] + f" ({row['reason']})" * bool(row["reason"])
+    return Field(text) if pd.isna(row["value"]) else Field(_interval(row), row["value"], small=(text,))
+
+
+def _interval(row: Mapping) -> str:
+    return f"{row['value']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
