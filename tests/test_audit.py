@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,11 +11,25 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustclip import models
-from robustclip.attacks import FGSM, PGD, AutoAttack, Fast, FeaturePGD, UniformNoise
-from robustclip.audit import CHECKS, audit
+from robustclip.attacks import (
+    FGSM,
+    PGD,
+    SGA,
+    AutoAttack,
+    BertAttack,
+    CoAttack,
+    Fast,
+    FeaturePGD,
+    SepAttack,
+    UniformNoise,
+)
+from robustclip.attacks.base import Target
+from robustclip.attacks.text import TextAttack
+from robustclip.audit import CHECKS, Case, audit
 from robustclip.component import component
 from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses import broken
+from robustclip.models import ZeroShotClassifier
 
 EPS = 4 / 255
 PASSIVE = PGD(eps=0.02, step_size=0, start="image")  # never moves
@@ -53,6 +68,11 @@ class Linear(nn.Module):
 def predicted(classifier, images):
     with torch.no_grad():
         return classifier(images).argmax(1)
+
+
+def answers(classifier, images):
+    with torch.no_grad():
+        return classifier(images)
 
 
 def only(name, *arguments, **options):
@@ -103,6 +123,7 @@ ATTACKS = [
     (PGD(eps=EPS, steps=1), {"more-steps"}),
     (PGD(eps=EPS, step_size=EPS / 1000), {"single-step", "large-budget", "transfer", "square"}),
     (broken.ForgetfulPGD(eps=EPS), {"single-step", "large-budget", "transfer", "square"}),
+    (broken.ForgetfulPGD(eps=EPS, real_eps=2 * EPS), {"budget"}),
     (UniformNoise(eps=EPS), {"large-budget", "transfer", "square"}),
 ]
 HEALTHY = [PGD(eps=EPS), PGD(eps=EPS, loss="margin", restarts=2), PGD(eps=0.5, norm="l2")]
@@ -254,7 +275,7 @@ NOT_RUN = [
     (PGD(eps=EPS, target_class=3), {"noise", "single-step", "large-budget", "transfer", "square"}),
     (
         lambda classifier, images, labels: images,
-        set(CHECKS) - {"random-output", "inference-work", "precision", "gradients", "neighbours"},
+        set(CHECKS) - {"random-output", "inference-work", "precision", "gradients", "neighbours", "budget"},
     ),
 ]
 
@@ -310,6 +331,147 @@ def test_a_function_needs_a_surrogate_and_a_defense_has_one_inside(templates, em
     assert "made on the undefended classifier" in found.text
 
 
+# --- what an attack returns, and unusual models -----------------------------------------------------------------------
+
+
+@component
+class Spoiling:
+    """An attack within a budget that spoils its first two images."""
+
+    spoil: float
+    eps: float = 0.02
+
+    def __call__(self, classifier, images, labels):
+        found = images.clone()
+        found[:2, 0, 0, 0] = self.spoil
+        return found
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (math.nan, "2 returned images hold NaN or infinity, 0 leave [0, 1], 0 leave the budget"),
+        (math.inf, "2 returned images hold NaN or infinity"),
+        (1.5, "0 returned images hold NaN or infinity, 2 leave [0, 1], 2 leave the budget"),
+        (0.999, "0 leave [0, 1], 2 leave the budget"),
+    ],
+)
+def test_what_is_returned_must_be_images_within_the_budget(tiny, spoil, words):
+    found = audit(tiny[0], Spoiling(spoil=spoil), *tiny[1:], checks=["budget", "random-output", "precision"])
+    assert found.flags == ("budget",)
+    assert found.findings[0].value == pytest.approx(100 * 2 / 60)
+    assert words in found.findings[0].text
+
+
+@pytest.mark.parametrize("attack", [PGD(eps=0.02, steps=3), PGD(eps=0.1, norm="l2", steps=3)], ids=repr)
+def test_honest_attacks_keep_their_budget(tiny, attack):
+    assert only("budget", tiny[0], attack, *tiny[1:]).value == 0
+    assert only("budget", tiny[0], lambda _, images, labels: images * 0, *tiny[1:]).flagged is False, "none declared"
+
+
+def test_a_compiled_model_is_audited_as_the_model_itself(tiny):
+    classifier, images, labels = tiny
+    compiled = torch.compile(classifier, backend="eager")
+    attack = PGD(eps=0.02, steps=3)
+    assert audit(compiled, attack, images, labels) == audit(classifier, attack, images, labels)
+
+
+class Viewing(nn.Module):
+    """Flattens by `view`, which needs contiguous images."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        return self.inner(images.view(len(images), -1).view(images.shape))
+
+
+def test_the_layout_of_images_does_not_matter(tiny):
+    classifier, images, labels = tiny
+    attack, checks = PGD(eps=0.02, steps=3), [name for name in CHECKS if name != "square"]
+    expected = audit(classifier, attack, images, labels, checks=checks)
+    for other in (images.to(memory_format=torch.channels_last), images.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert not other.is_contiguous()
+        assert audit(Viewing(classifier), attack, other, labels, checks=checks) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_are_audited_over_float32_pixels(tiny, dtype):
+    classifier, images, labels = tiny
+    half = Linear()
+    half.weight.data = half.weight.data.to(dtype)
+    found = audit(half, PGD(eps=0.02, steps=3), images.to(dtype), labels, surrogate=classifier)
+    findings = {one.check: one for one in found.findings}
+    assert findings["precision"].text == "Not run: the classifier computes in half precision anyway."
+    assert findings["gradients"].flagged is findings["budget"].flagged is False
+    assert found.findings[0].value < 0.1
+    with pytest.raises(ValueError, match=f"does not take images of torch.float32 .*its weights are {dtype}"[:50]):
+        audit(half, PGD(eps=0.02, steps=3), images, labels)
+
+
+def test_inference_mode_around_an_audit_changes_nothing(tiny):
+    attack = PGD(eps=0.02, steps=3)
+    with torch.inference_mode():
+        found = audit(tiny[0], attack, tiny[1].clone(), tiny[2].clone())
+    assert found == audit(tiny[0], attack, *tiny[1:])
+
+
+def test_a_function_over_a_model_in_training_mode_leaves_its_statistics(tiny):
+    model = nn.Sequential(nn.BatchNorm2d(3), tiny[0]).train()
+    before = model[0].running_mean.clone()
+    found = audit(
+        lambda images: model(images), PGD(eps=0.02, steps=2), *tiny[1:], checks=["random-output", "neighbours"]
+    )
+    assert found.flags == ()
+    assert torch.equal(model[0].running_mean, before)
+    assert model[0].training
+
+
+# --- attacks on images and texts --------------------------------------------------------------------------------------
+
+
+@component
+class Swap(TextAttack):
+    """Swaps the last two prompts."""
+
+    def __call__(self, clip, prompts):
+        return [*prompts[:-2], prompts[-1], prompts[-2]]
+
+
+def test_the_image_attack_of_a_sep_attack_is_audited(embedded):
+    attack, checks = PGD(eps=1 / 255, steps=2), ["budget", "single-step", "precision"]
+    for reading in ("released", "worst"):
+        found = audit(embedded[0], SepAttack(image=attack, text=Swap(), reading=reading), *embedded[1:], checks=checks)
+        assert found == audit(embedded[0], attack, *embedded[1:], checks=checks)
+
+
+@pytest.mark.parametrize("defense", [None, broken.Saturated(scale=2.0)], ids=["plain", "defended"])
+def test_co_attack_is_audited_on_the_prompts_that_it_attacked(embedded, defense):
+    plain, images, labels = embedded
+    classifier = defense(plain) if defense else plain
+    attack = CoAttack(eps=1 / 255, steps=2, text=Swap())
+    case = Case(classifier, attack, images, labels, 0, 64, None)
+    swapped = ZeroShotClassifier(plain.clip, plain.classes.with_prompts(Swap()(None, plain.prompts)))
+    target = Target(plain.clip, plain.classes, defense)
+    assert torch.equal(case.clean, answers(defense(swapped) if defense else swapped, images))
+    assert not torch.equal(case.clean, answers(classifier, images))
+    torch.testing.assert_close(case.attacked, attack.pairs(target, images, labels)[0].images)
+    found = audit(classifier, attack, images, labels)
+    assert {one.check for one in found.findings if one.flagged is None} == {"loss-path"}
+    assert "budget" not in found.flags
+
+
+def test_texts_of_their_own_have_no_rival(embedded):
+    plain, images, labels = embedded
+    attack = SGA(eps=1 / 255, steps=1, scales=(1.0,), text=BertAttack())
+    found = audit(plain, attack, images, labels)
+    said = {one.text for one in found.findings if one.flagged is None and one.check != "loss-path"}
+    assert "Not run: each image is scored with a text of its own, which no rival faces." in said
+    applied = {one.check for one in found.findings if one.flagged is not None}
+    assert applied == {"random-output", "inference-work", "precision", "gradients", "neighbours", "budget"}
+
+
 # --- side effects, seeds, batches -------------------------------------------------------------------------------------
 
 
@@ -358,6 +520,13 @@ def test_the_table_has_one_row_per_check_in_the_order_asked(tiny):
     assert audit(tiny[0], UniformNoise(eps=0.02), *tiny[1:], checks=[]).frame().empty
 
 
+@component
+class Words:
+    """Stands for an attack on texts."""
+
+    changes_images = False
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -369,15 +538,27 @@ def test_the_table_has_one_row_per_check_in_the_order_asked(tiny):
         ({"labels": torch.zeros(60)}, "labels must be integers"),
         ({"labels": torch.full((60,), 2)}, "label 2 is out of range"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "got 3 labels for 60 images"),
-        ({"classifier": lambda images: images.flatten(1) * math.nan}, "NaN or infinite logits"),
+        ({"classifier": lambda images: images.flatten(1) * math.nan}, "gives NaN logits"),
         ({"attack": PGD(eps=0.02, target_class=9)}, "target_class=9 is out of range"),
+        ({"classifier": lambda images: (images.flatten(1),)}, "must return logits of shape (60, classes), got a tuple"),
+        ({"classifier": lambda images: images.sum((1, 2, 3))}, "got shape (60,)"),
+        ({"classifier": lambda images: images[:, 0]}, "got shape (60, 4, 4)"),
+        ({"classifier": lambda images: images.flatten(1)[:7]}, "got shape (7, 48)"),
+        ({"images": np.zeros((60, 3, 4, 4))}, "images must be a torch.Tensor, got ndarray"),
+        ({"images": torch.zeros(60, 3, 4, 4, dtype=torch.float64)}, "does not take images of torch.float64"),
+        ({"labels": torch.zeros(60, dtype=torch.bool)}, "labels must be integers of shape (n,), got torch.bool"),
+        ({"attack": lambda _, images, labels: images[:, :, :2]}, "attack returned (60, 3, 2, 4) for images of shape"),
+        ({"attack": lambda _, images, labels: images[:5]}, "attack returned (5, 3, 4, 4) for images of shape (60,"),
+        ({"attack": lambda _, images, labels: images.numpy()}, "attack returned a ndarray for images"),
+        ({"attack": lambda _, images, labels: None}, "attack returned a NoneType for images"),
+        ({"attack": Words()}, "attack=Words() changes no images; audit one that does"),
     ],
-    ids=["check", "seed", "batch size", "no images", "bytes", "float labels", "label", "few labels", "nan", "target"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_arguments_are_named(tiny, change, words):
     classifier, images, labels = tiny
     given = {"classifier": classifier, "attack": PGD(eps=0.02), "images": images, "labels": labels} | change
-    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(words)):
         audit(given.pop("classifier"), given.pop("attack"), given.pop("images"), given.pop("labels"), **given)
 
 

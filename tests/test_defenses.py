@@ -206,7 +206,7 @@ def test_descriptions_have_features(clip):
 @pytest.mark.parametrize("own", [lambda images: images, nn.Flatten()], ids=["function", "module"])
 def test_what_has_no_features_says_so(own):
     for defended in (own, Rounded()(own), OwnDefense(defense=lambda inner: inner)(own)):
-        with pytest.raises(ValueError, match=r"has no image features to attack, it is not a ZeroShotClassifier, with"):
+        with pytest.raises(ValueError, match="has neither image features nor prompts to attack: it is no"):
             features_of(defended)
 
 

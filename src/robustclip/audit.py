@@ -8,6 +8,10 @@ reason to doubt, and no flag proves nothing; but each image that a check breaks 
     report.frame()    # one row per check, with the numbers in words
 
 A check that does not apply (noise has no steps) is neither flagged nor passed: `flagged` is None, `text` says why.
+
+Of an attack on images and texts the half that changes images is audited: the image attack of a SepAttack as it is, that
+of Co-Attack on the classifier with the prompts that it attacked. SGA scores each image with a text of its own, which no
+rival faces: there the checks of the classifier remain.
 """
 
 import copy
@@ -22,13 +26,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robustclip.attacks.ascent import NORMS
-from robustclip.attacks.base import MAX_SEED, Classifier, frozen
-from robustclip.attacks.gradient import FGSM, PGD, LossAscent, UniformNoise
+from robustclip.attacks.base import MAX_SEED, Adversary, Classifier, Target, frozen
+from robustclip.attacks.gradient import PGD
 from robustclip.attacks.losses import LOSSES, margin
 from robustclip.attacks.square import Square
 from robustclip.checks import check_choice, check_images, check_integer, check_labels
+from robustclip.defenses.base import rebuilt, undefended
 from robustclip.fast import fast_classifier
-from robustclip.models import Clip, ZeroShotClassifier
+from robustclip.models import Clip, ZeroShotClassifier, logits_of
 from robustclip.progress import progress
 
 AnyAttack = Callable[[Classifier, Tensor, Tensor], Tensor]
@@ -43,8 +48,10 @@ FOLLOWED = 8  # images followed alone along the attack's path
 SAME = 1e-4  # of the spread of logits, between two equal passes: float32 kernels that race differ by 1e-6
 COMPANY = 0.02  # of the spread of logits, alone or in a batch: bfloat16 kernels for other batch sizes come near 0.01
 ROUNDING = 0.04  # of the spread of logits: two logits that bfloat16 moves by up to 0.016 each cannot change places
+SLACK = 1e-5  # pixels out of range, and changes out of the budget, by rounding
 ALONE = 16  # images looked at alone
 DRAWS = 10  # of uniform noise
+SHORT = 4  # passes, forward and backward, of an attack with one step
 STEPS, RESTARTS = 4, 4  # four times the steps, four more restarts
 LARGE = 0.5  # the budget in which every image can become mid-gray, so that no classifier can beat a constant guess
 QUERIES, NEAREST = 500, 32  # of Square, spent on the standing images nearest to the decision boundary
@@ -91,48 +98,112 @@ def require(condition: bool, otherwise: str) -> None:
 # --- what the checks look at ------------------------------------------------------------------------------------------
 
 
+class Single(nn.Module):
+    """A model in half precision as one over float32 pixels: those of half precision are too coarse for a budget."""
+
+    def __init__(self, model: Classifier, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype, self.training = model, dtype, getattr(model, "training", False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) pixels in [0, 1] to (n, classes) logits."""
+        return self.model(images.to(self.dtype)).float()
+
+
+@dataclass(frozen=True)
+class ImageHalf:
+    """The images that an attack on images and texts makes when it faces `target`."""
+
+    attack: Adversary
+    target: Target
+
+    @property
+    def inner(self) -> Adversary:
+        """The attack, which has the settings."""
+        return self.attack
+
+    def __call__(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images; the classifier is what they are judged by."""
+        return self.attack.pairs(self.target, images, labels)[-1].images
+
+
 @dataclass
 class Case:
     """The triple under audit, and what the attack did to it: every check starts from here."""
 
     classifier: Classifier
-    attack: AnyAttack
+    attack: AnyAttack | Adversary
     images: Tensor
     labels: Tensor
     seed: int
     batch_size: int
     surrogate: Classifier | None
+    unmatched: str = ""  # why no rival can stand in for the attack
 
     def __post_init__(self) -> None:
-        images = self.images = self.images.detach()
+        images = self.images = self.images.detach().clone(memory_format=torch.contiguous_format)
         self.clean = self.look(images)
-        self.labels = check_labels(self.labels, self.clean.shape[1], len(images)).long().to(images.device)
+        self.labels = check_labels(self.labels, self.clean.shape[1], len(images)).to(
+            images.device, torch.int64, copy=True
+        )
+        self._take_image_half()
         if not self.clean.isfinite().all():
-            raise ValueError("the classifier gives NaN or infinite logits; restore or retrain its checkpoint")
+            raise ValueError("the classifier gives infinite logits; restore or retrain its checkpoint")
         self.spread = max(float((self.clean.amax(1) - self.clean.amin(1)).median()), 1e-12)  # of a typical image
         self.correct = (self.clean.argmax(1) == self.labels).nonzero()[:, 0]
-        self.attacked, self.stopped = images, ""
+        self.returned, self.stopped = images, ""
+        everything = torch.arange(len(images), device=images.device)
         try:
-            self.attacked = self.run(self.attack, torch.arange(len(images), device=images.device))
+            self.returned = self.run(self.attack, everything)
         except DoesNotApply as reason:
             self.stopped = str(reason)
+        self.attacked = self.usable(self.returned, everything)
         self.scores = self.look(self.attacked)
         self.standing = (~self.broken(self.scores, self.labels)).nonzero()[:, 0]
 
+    def _take_image_half(self) -> None:
+        """Of an attack on images and texts take what changes images, and the classifier with the prompts attacked."""
+        if not getattr(self.attack, "changes_images", True):
+            raise ValueError(f"attack={self.attack!r} changes no images; audit one that does, or read its texts")
+        if callable(self.attack):
+            return
+        if callable(self.attack.inner):
+            self.attack = self.attack.inner
+            return
+        plain = undefended(self.classifier)
+        defense = None if plain is self.classifier else lambda other: rebuilt(self.classifier, other)
+        self.attack = ImageHalf(self.attack, Target(plain.clip, plain.classes, defense))
+        pair = self.attack.attack.pairs(self.attack.target, self.images[:1], self.labels[:1])[-1]
+        self.unmatched = "each image is scored with a text of its own, which no rival faces" if pair.own else ""
+        self.classifier = rebuilt(self.classifier, ZeroShotClassifier(plain.clip, pair.classes))
+        self.clean = self.look(self.images)
+
     def look(self, images: Tensor, size: int | None = None, classifier: Classifier | None = None) -> Tensor:
         """Logits (n, classes), batch by batch."""
+        asked = self.classifier if classifier is None else classifier
         with torch.no_grad():
-            return torch.cat([(classifier or self.classifier)(part) for part in images.split(size or self.batch_size)])
+            return torch.cat([logits_of(asked, part) for part in images.split(size or self.batch_size)])
 
     def run(self, attack: AnyAttack, rows: Tensor) -> Tensor:
-        """Adversarial images for some rows, batch by batch; without gradients there is nothing to run."""
+        """What an attack makes of some rows, batch by batch; without gradients there is nothing to run."""
         parts = zip(self.images[rows].split(self.batch_size), self.labels[rows].split(self.batch_size), strict=True)
-        try:
-            return torch.cat([attack(self.classifier, *part) for part in parts])
-        except (ValueError, RuntimeError) as error:
-            if "grad" not in str(error):
-                raise
-            raise DoesNotApply(f"the attack stopped because {error}") from error
+        found = []
+        for images, labels in parts:
+            try:
+                found.append(attack(self.classifier, images, labels))
+            except (ValueError, RuntimeError) as error:
+                if "grad" not in str(error):
+                    raise
+                raise DoesNotApply(f"the attack stopped because {error}") from error
+            got = tuple(found[-1].shape) if isinstance(found[-1], Tensor) else f"a {type(found[-1]).__name__}"
+            if got != tuple(images.shape):
+                raise ValueError(f"the attack returned {got} for images of shape {tuple(images.shape)}; repair it")
+        return torch.cat(found).detach().to(self.images)
+
+    def usable(self, found: Tensor, rows: Tensor) -> Tensor:
+        """What was returned, as images: those with NaN or infinity as they were before, all within [0, 1]."""
+        finite = found.isfinite().flatten(1).all(1)
+        return torch.where(finite[:, None, None, None], found, self.images[rows]).clamp(0, 1)
 
     def broken(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Where the attack has what it wants: another class, or its target class."""
@@ -145,12 +216,13 @@ class Case:
 
     def setting(self, name: str, default: Any = None) -> Any:
         """A setting of the attack, if it has it."""
-        return getattr(_innermost(self.attack), name, default)
+        return getattr(inside(self.attack), name, default)
 
     def ball(self) -> dict[str, Any]:
         """Budget and norm, which a rival has to keep; only for attacks that want any wrong class."""
         eps, norm = self.setting("eps", math.inf), self.setting("norm", "linf")
         require(math.isfinite(eps) and norm in NORMS, "the attack has no budget 'eps' that a rival could keep")
+        require(not self.unmatched, self.unmatched)
         require(self.setting("target_class") is None, "the attack wants one target class, its rival any wrong one")
         return {"eps": eps, "norm": norm}
 
@@ -161,25 +233,26 @@ class Case:
 
     def rival(self, name: str, attacks: Sequence[AnyAttack], rows: Tensor | None = None) -> Seen:
         """How many of the images that stood, or of some rows of them, fall to any of the attacks."""
+        require(not self.unmatched, self.unmatched)
         tried, of = (self.standing, len(self.labels)) if rows is None else (rows, max(1, len(rows)))
         left = tried
         for attack in attacks:
             if len(left):
-                left = left[~self.broken(self.look(self.run(attack, left)), self.labels[left])]
+                found = self.usable(self.run(attack, left), left)
+                left = left[~self.broken(self.look(found), self.labels[left])]
         fallen, whole = len(tried) - len(left), f"; {of} images in all" if rows is None else ""
         text = f"{name} broke {fallen} of {len(tried)} images on which the attack had failed{whole}."
         return 100 * fallen / of, POINTS, text
 
 
-def _innermost(attack: AnyAttack) -> AnyAttack:
-    """The attack inside those that only run another one, such as `Fast`."""
-    own = getattr(attack, "attack", None)
-    return _innermost(own) if is_dataclass(own) else attack
+def inside(attack: AnyAttack | Adversary) -> Any:
+    """The attack inside those that only run another one, which has the settings."""
+    return getattr(attack, "inner", attack)
 
 
 def _changed(attack: AnyAttack, needed: str, **settings: Any) -> AnyAttack:
     """The attack with other settings, as far as it has them; it must have the one called `needed`."""
-    if _innermost(attack) is not attack:
+    if inside(attack) is not attack:
         return replace(attack, attack=_changed(attack.attack, needed, **settings))
     known = {one.name for one in fields(attack) if one.init} if is_dataclass(attack) else set()
     require(needed in known, f"the attack has no setting {needed!r}")
@@ -217,6 +290,7 @@ def inference_work(case: Case) -> Seen:
 
 def precision(case: Case) -> Seen:
     """Clear decisions on attacked images must be the same in bfloat16: on a CLIP's fast twin, or by autocast."""
+    require(not isinstance(case.classifier, Single), "the classifier computes in half precision anyway")
     require(random_output(case)[0] <= SAME, "two passes over the same images differ anyway")
     plain = isinstance(case.classifier, ZeroShotClassifier) and isinstance(case.classifier.clip, Clip)
     twin = fast_classifier(case.classifier) if plain else case.classifier
@@ -267,6 +341,21 @@ def neighbours(case: Case) -> Seen:
 # --- checks of the attack ---------------------------------------------------------------------------------------------
 
 
+def budget(case: Case) -> Seen:
+    """What the attack returns must be images: numbers in [0, 1], no farther from the clean ones than its budget."""
+    require(not case.stopped, case.stopped)
+    returned, eps, norm = case.returned, case.setting("eps", math.inf), case.setting("norm", "linf")
+    numbers = returned.isfinite().flatten(1).all(1)
+    outside = numbers & ((returned < -SLACK) | (returned > 1 + SLACK)).flatten(1).any(1)
+    far = torch.zeros_like(outside)
+    if norm in NORMS and eps < math.inf:
+        change = returned - case.images
+        far = numbers & ((change - NORMS[norm].project(change, eps)).flatten(1).abs().amax(1) > SLACK + SLACK * eps)
+    wrong = int((~numbers | outside | far).sum())
+    text = f"{int((~numbers).sum())} returned images hold NaN or infinity, {int(outside.sum())} leave [0, 1], "
+    return 100 * wrong / len(returned), 0.0, f"{text}{int(far.sum())} leave the budget."
+
+
 def noise(case: Case) -> Seen:
     """Uniform noise must not break what the attack could not."""
     starts = [PGD(**case.ball(), seed=seed).first_points for seed in case.seeds(DRAWS)]
@@ -276,7 +365,8 @@ def noise(case: Case) -> Seen:
 
 def single_step(case: Case) -> Seen:
     """One step of length eps must not break what the iterative attack could not."""
-    several = not isinstance(_innermost(case.attack), FGSM | UniformNoise) and case.setting("steps") != 1
+    passes = case.setting("passes", lambda classes: (math.inf, 0))(case.clean.shape[1])
+    several = sum(passes) > SHORT and case.setting("steps") != 1
     require(several, "the attack does not take several steps itself")
     step = PGD(**case.ball(), steps=1, step_size=case.setting("eps"), start="image")
     return case.rival("A single gradient step", [step])
@@ -284,7 +374,7 @@ def single_step(case: Case) -> Seen:
 
 def loss_path(case: Case) -> Seen:
     """The loss must rise along an ascent, from its first point to the last quarter of its points."""
-    climbs = isinstance(_innermost(case.attack), LossAscent)
+    climbs = case.setting("loss") is not None and case.setting("steps") is not None
     require(climbs, "the attack does not climb a loss step by step as PGD does")
     require(len(case.correct) > 0, "no image is classified correctly")
     stood = torch.isin(case.correct, case.standing)
@@ -356,7 +446,8 @@ def more_steps(case: Case) -> Seen:
 def more_restarts(case: Case) -> Seen:
     """Four more runs from other random points must not break more."""
     seeds = case.seeds(RESTARTS)
-    attacks = [_changed(case.attack, "seed", seed=seed, restarts=1, start="random") for seed in seeds]
+    start = "random" if case.setting("start") == "image" else case.setting("start")
+    attacks = [_changed(case.attack, "seed", seed=seed, restarts=1, start=start) for seed in seeds]
     return case.rival(f"{RESTARTS} more random starts", attacks)
 
 
@@ -370,7 +461,7 @@ def square(case: Case) -> Seen:
 
 # --- the audit --------------------------------------------------------------------------------------------------------
 
-_CHEAP = (random_output, inference_work, precision, gradients, neighbours, noise, single_step, loss_path)
+_CHEAP = (random_output, inference_work, precision, gradients, neighbours, budget, noise, single_step, loss_path)
 _DEAR = (large_budget, transfer, more_steps, more_restarts, square)
 CHECKS: dict[str, Callable[[Case], Seen]] = {check.__name__.replace("_", "-"): check for check in _CHEAP + _DEAR}
 
@@ -388,7 +479,9 @@ def audit(
 ) -> Audit:
     """Run the checks on (n, 3, h, w) pixels in [0, 1] and (n,) labels; 50 to 200 images are enough.
 
-    `surrogate` is the other classifier on which "transfer" makes its images, such as the one without the defense.
+    The classifier is any module or function over pixels. Images in half precision, for a model that computes in it, are
+    attacked in float32. `surrogate` is the other classifier on which "transfer" makes its images, such as the one
+    without the defense.
     """
     for name in checks:
         check_choice("check", name, CHECKS)
@@ -396,6 +489,8 @@ def audit(
     check_integer("batch_size", batch_size, 1)
     if not len(check_images(images)):
         raise ValueError("images is empty; give at least one image, better 50 or more")
+    if images.dtype in (torch.float16, torch.bfloat16):
+        classifier, images = Single(classifier, images.dtype), images.float()
     # Random classifiers draw from the global states: they are seeded, and given back as they were.
     with frozen(classifier), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)

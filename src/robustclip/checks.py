@@ -57,6 +57,8 @@ def check_logits(logits: Tensor, images: int) -> Tensor:
     if logits.ndim != 2 or len(logits) != images:
         shape = tuple(logits.shape)
         raise ValueError(f"the classifier must return logits of shape ({images}, classes), got shape {shape}")
+    if logits.isnan().any():
+        raise ValueError("the classifier gives NaN logits, by which no success can be told; restore or retrain it")
     return logits
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip import _torchvision
-from robustclip.checks import check_choice, check_folder, check_pixels
+from robustclip.checks import check_choice, check_folder, check_logits, check_pixels
 from robustclip.classes import Classes
 from robustclip.data.roles import Role
 from robustclip.prompts import attach, learned, make_room, transform_from, transform_state
@@ -247,20 +247,20 @@ def _read_first(network: nn.Module, tokens: Tensor) -> Tensor:
 class ZeroShotClassifier(nn.Module):
     """p(y = i | x) proportional to exp(s cos(I(x), T_i)): logits are scaled cosines to the class prompts."""
 
-    def __init__(self, clip: Clip, classes: Classes | Sequence[str]) -> None:
-        """`classes` may be a plain list of prompts, which then are the names as well."""
+    def __init__(self, clip: Clip, classes: Classes | Sequence[str], text_features: Tensor | None = None) -> None:
+        """`classes` may be a plain list of prompts, which then are the names as well; their features may be given."""
         super().__init__()
         self.classes = classes if isinstance(classes, Classes) else Classes(classes, classes)
         self.clip, self.training = clip, clip.training
-        self.register_buffer("text_features", clip.text_features(self.prompts), persistent=False)
+        known = clip.text_features(self.prompts) if text_features is None else text_features
+        self.register_buffer("text_features", known, persistent=False)
 
     @classmethod
     def of_axes(cls, clip: Clip) -> "ZeroShotClassifier":
         """The same with the axes of feature space for classes: logits s u, from which unit features u can be read."""
-        width = clip.text_features(("",)).shape[1]
-        classifier = cls(clip, [f"axis {number}" for number in range(width)])
-        classifier.text_features = torch.eye(width, device=classifier.text_features.device)
-        return classifier
+        known = clip.text_features([""])
+        axes = torch.eye(known.shape[1], device=known.device)
+        return cls(clip, [f"axis {number}" for number in range(len(axes))], axes)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -400,3 +400,19 @@ def modules_of(classifier: Callable) -> list[nn.Module]:
         elif callable(held) and not isinstance(held, type | FunctionType):
             queue += [part for part in getattr(held, "__dict__", {}).values() if isinstance(part, nn.Module)]
     return found
+
+
+def logits_of(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The checked logits (n, classes) of any classifier; images of a dtype that it does not take are a ValueError."""
+    try:
+        logits = classifier(images)
+    except RuntimeError as error:
+        known = {weight.dtype for module in modules_of(classifier) for weight in module.parameters()}
+        if not known or images.dtype in known:
+            raise
+        expected = " or ".join(sorted(str(one).removeprefix("torch.") for one in known))
+        raise ValueError(
+            f"the classifier does not take images of {images.dtype} ({error}); its weights are {expected}: convert the "
+            "images or the model with .to(dtype)"
+        ) from error
+    return check_logits(logits, len(images))

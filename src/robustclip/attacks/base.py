@@ -14,15 +14,15 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from robustclip.attacks.ascent import NORMS
 from robustclip.attacks.losses import fooled
 from robustclip.checks import check_choice, check_images, check_integer, check_labels, check_range
 from robustclip.classes import Classes
 from robustclip.component import component
-from robustclip.models import Clip, ZeroShotClassifier
+from robustclip.defenses.base import as_defense, features_of
+from robustclip.models import Clip, ZeroShotClassifier, logits_of, modules_of
 
 Classifier = Callable[[Tensor], Tensor]
 Captions = list[list[str]]  # one list per image
@@ -41,26 +41,19 @@ class Target:
     classes: Classes
     defense: Callable[[Classifier], Classifier] | None = None
     held_out: Callable[[int], tuple[Tensor, Tensor]] | None = None  # n -> labelled training images, for who asks
-    _built: dict[Classes | None, Classifier] = field(default_factory=dict, init=False, repr=False)
+    _built: dict[Classes, Classifier] = field(default_factory=dict, init=False, repr=False)
 
     def classifier(self, classes: Classes | None = None) -> Classifier:
         """Images to the logits of the classes, as the attacker sees them: with a gradient through the defense."""
         classes = self.classes if classes is None else classes
         if classes not in self._built:
-            self._built[classes] = self._seen(ZeroShotClassifier(self.clip, classes))
+            plain = ZeroShotClassifier(self.clip, classes)
+            self._built[classes] = as_defense(self.defense)(plain).for_attack() if self.defense else plain
         return self._built[classes]
 
     def features(self) -> Classifier:
         """Images to unit features (n, d): the CLIP's own, or what the defense leaves of them."""
-        if self.defense is None:
-            return self.clip.encode_images
-        if None not in self._built:
-            self._built[None] = self._seen(ZeroShotClassifier.of_axes(self.clip))
-        return lambda images: F.normalize(self._built[None](images).float(), dim=1)
-
-    def _seen(self, classifier: Classifier) -> Classifier:
-        defended = classifier if self.defense is None else self.defense(classifier)
-        return defended.for_attack() if hasattr(defended, "for_attack") else defended
+        return features_of(self.classifier())
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,17 +113,6 @@ def check_captions(captions: Sequence[Sequence[str]], images: int) -> None:
         raise ValueError(f"captions must be {images} lists, one per image, of one text or more, got {captions!r:.80}")
 
 
-def check_logits(logits: Tensor, images: int) -> Tensor:
-    """Return what a classifier said of so many images if it is a table of numbers, else raise ValueError."""
-    shape = tuple(getattr(logits, "shape", ()))
-    if not isinstance(logits, Tensor) or len(shape) != 2 or shape[0] != images:
-        found = f"shape {shape}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the classifier must return logits of shape ({images}, classes), got {found}")
-    if logits.isnan().any():
-        raise ValueError("the classifier gives NaN logits, by which no success can be told; restore or retrain it")
-    return logits
-
-
 def check_settings(attack: Any) -> None:
     """Raise ValueError unless the budget and the amounts of work of an attack are in range."""
     norm = check_choice("norm", getattr(attack, "norm", "linf"), NORMS)
@@ -149,13 +131,13 @@ def regroup(texts: Sequence[str], captions: Captions) -> Captions:
 @contextmanager
 def frozen(classifier: Classifier) -> Iterator[None]:
     """Turn weight gradients off and leave training and inference mode while attacking; restore all afterwards."""
-    if not isinstance(classifier, nn.Module):
-        classifier = nn.Identity()
-    asking = [weight for weight in classifier.parameters() if weight.requires_grad]
-    training = [module for module in classifier.modules() if module.training]
+    modules = [module for held in modules_of(classifier) for module in held.modules()]
+    asking = [weight for module in modules for weight in module.parameters(recurse=False) if weight.requires_grad]
+    training = [module for module in modules if module.training]
     for weight in asking:
         weight.requires_grad_(False)
-    classifier.eval()
+    for module in training:
+        module.training = False
     try:
         with torch.inference_mode(False):
             yield
@@ -242,7 +224,7 @@ class Attack(ImageAdversary):
     def look(self, classifier: Classifier, images: Tensor) -> Tensor:
         """The scores (n, classes) by which the attacker judges whether an image fools."""
         with torch.no_grad():
-            return check_logits(classifier(images), len(images))
+            return logits_of(classifier, images)
 
     def won(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Where the attacker has what it wants: any other class first."""

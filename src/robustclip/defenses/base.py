@@ -13,7 +13,7 @@ on its neighbours in the batch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -151,21 +151,30 @@ def features_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:
 
     A defense is put before the axes of feature space as classes, so that its logits are s u.
     """
-    if isinstance(classifier, ZeroShotClassifier):
-        return classifier.clip.encode_images
-    axes = _on_axes(classifier)
+    plain = undefended(classifier)
+    if classifier is plain:
+        return plain.clip.encode_images
+    axes = rebuilt(classifier, ZeroShotClassifier.of_axes(plain.clip))
     return lambda images: F.normalize(axes(images).float(), dim=1)
 
 
-def _on_axes(classifier: Any) -> Classifier:
-    """The same defenses before the axes of feature space."""
-    if isinstance(classifier, _ForAttack):
-        return _on_axes(classifier.defended).for_attack()
-    if isinstance(classifier, Defended):
-        return type(classifier)(_on_axes(classifier.classifier), classifier.defense, classifier.draw)
-    if isinstance(classifier, ZeroShotClassifier):
-        return ZeroShotClassifier.of_axes(classifier.clip)
+def undefended(classifier: Classifier) -> ZeroShotClassifier:
+    """The zero-shot classifier behind the defenses, if there are any."""
+    inside = classifier
+    while isinstance(inside, _ForAttack | Defended):
+        inside = inside.defended if isinstance(inside, _ForAttack) else inside.classifier
+    if isinstance(inside, ZeroShotClassifier):
+        return inside
     raise ValueError(
-        f"a {type(classifier).__name__} has no image features to attack, it is not a ZeroShotClassifier, with or "
-        "without defenses; choose an attack that asks for logits only, or make the defense one by `as_defense`"
+        f"a {type(inside).__name__} has neither image features nor prompts to attack: it is no ZeroShotClassifier, "
+        "with or without defenses; attack its logits, or make a function that defends a defense by `as_defense`"
     )
+
+
+def rebuilt(classifier: Classifier, plain: ZeroShotClassifier) -> Classifier:
+    """The same defenses at the same draws before another zero-shot classifier."""
+    if isinstance(classifier, _ForAttack):
+        return rebuilt(classifier.defended, plain).for_attack()
+    if isinstance(classifier, Defended):
+        return type(classifier)(rebuilt(classifier.classifier, plain), classifier.defense, classifier.draw)
+    return plain
