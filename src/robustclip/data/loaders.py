@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ COLUMNS = (
     "rows with `image` (a struct of bytes and path) and `label` (a whole number, the place in classes.json) or "
     "`captions` (a list of at least one text)"
 )
-LISTED = 'write a list of the names in label order, such as ["cat", "dog"]'
 
 
 @dataclass(frozen=True)
@@ -136,9 +134,7 @@ def open_parquet(folder: Path, split: str) -> Table:
 
     made = [json.loads((part.metadata.metadata or {}).get(b"robustclip", b"{}")) for part in parts]
     name = f"paper:{made[0]['data']}" if made[0] else f"parquet:{folder.name}"
-    facts = tuple(
-        one.get("sha256") or _content(path, path.stat().st_mtime_ns) for one, path in zip(made, paths, strict=True)
-    )
+    facts = tuple(one.get("sha256") or file_digest(path) for one, path in zip(made, paths, strict=True))
     if pa.types.is_list(values.type):
         return Table(name, np.arange(len(values)), (), fetch, facts, tuple(map(tuple, values.to_pylist())), place)
     labels, names = values.to_numpy().astype(np.int64), class_names(folder)
@@ -172,34 +168,23 @@ def _opened(path: Path) -> tuple[parquet.ParquetFile, pa.ChunkedArray]:
         types = {field.name: field.type for field in part.schema_arrow}
         target, right = ("captions", pa.types.is_list) if "captions" in types else ("label", pa.types.is_integer)
         image, values = types.get("image", pa.null()), part.read([target])
-    good = pa.types.is_struct(image) and image.get_field_index("bytes") >= 0 and len(values)
-    if not good or target not in types or not right(types[target]) or not _filled(values.column(0)):
+    good = pa.types.is_struct(image) and image.get_field_index("bytes") >= 0 and target in types and len(values)
+    good = good and right(types[target]) and not values.column(0).null_count
+    if not good or (target == "captions" and not all(values.column(0).to_pylist())):
         shown = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise ValueError(f"{path} has {len(values)} rows of {shown}, some perhaps empty; it needs {COLUMNS}")
     return part, values.column(0)
 
 
-def _filled(values: pa.ChunkedArray) -> bool:
-    return not values.null_count and (pa.types.is_integer(values.type) or all(values.to_pylist()))
-
-
-@cache
-def _content(path: Path, changed: int) -> str:
-    """Digest of a file that was last changed then."""
-    return file_digest(path)
-
-
 def class_names(folder: Path) -> tuple[str, ...]:
     """The names listed in a set's `classes.json`."""
-    path = folder / "classes.json"
+    path, listed = folder / "classes.json", 'a list of the names in label order, such as ["cat", "dog"]'
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"no class names in {folder}; add classes.json: {LISTED}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {LISTED}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read class names from {path} ({error}); write {listed}") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"{path} is no list of class names: {str(names)[:60]}; {LISTED}")
+        raise ValueError(f"{path} is no list of class names: {str(names)[:60]}; write {listed}")
     return tuple(names)
 
 
