@@ -1,12 +1,17 @@
-"""Adversarial fine-tuning: recipes `(clip, pictures) -> clip`, one loop, and what lies between two models."""
+"""Adversarial fine-tuning: recipes, the one loop that runs them, and what lies between two models.
+
+A recipe is a loss, an inner attack and an optimisation: `train(TeCoA(eps=4/255), clip, pictures).clip`.
+"""
 
 from robustclip.training.batch import Batch
+from robustclip.training.inner import InnerAttack
 from robustclip.training.interpolation import interpolate
-from robustclip.training.loop import Diverged
+from robustclip.training.loop import Diverged, train
+from robustclip.training.optimisation import Optimisation
 from robustclip.training.pictures import Order, Pictures
 from robustclip.training.recipes import VP, AdvPT, MMCoA, Recipe, Standard, TeCoA, contrast, named_recipe
 
 __all__ = [
-    "VP", "AdvPT", "Batch", "Diverged", "MMCoA", "Order", "Pictures", "Recipe", "Standard", "TeCoA", "contrast",
-    "interpolate", "named_recipe",
+    "VP", "AdvPT", "Batch", "Diverged", "InnerAttack", "MMCoA", "Optimisation", "Order", "Pictures", "Recipe",
+    "Standard", "TeCoA", "contrast", "interpolate", "named_recipe", "train",
 ]  # fmt: skip

@@ -2,23 +2,16 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from robustclip.attacks.ascent import NORMS
-from robustclip.attacks.base import frozen
-from robustclip.fast import fast
 from robustclip.models import Clip
 from robustclip.training.parallel import gather, share
-
-if TYPE_CHECKING:
-    from robustclip.training.recipes import Recipe
 
 CHUNK = 512  # texts encoded together
 
@@ -58,15 +51,20 @@ class Texts:
 class Batch:
     """One global batch: with several processes `images` are this process's share, all else is everybody's.
 
-    `eps` is the budget of this update, `noise` where its attack starts, uniform in [-1, 1].
+    `eps` is the budget of this update, `noise` where its attack starts, uniform in [-1, 1]; `original` is the CLIP that
+    training started from, as it was.
     """
 
     def __init__(
-        self, recipe: "Recipe", texts: Texts, images: Tensor, labels: Tensor, prompts: Sequence[str],
-        noise: Tensor, eps: float, spent: Stopwatch,
+        self, recipe: Any, clip: Clip | Texts, images: Tensor, labels: Tensor, prompts: Sequence[str],
+        noise: Tensor | None = None, eps: float | None = None, original: Clip | None = None,
+        spent: Stopwatch | None = None,
     ) -> None:  # fmt: skip
-        self.recipe, self.clip, self.texts, self.images, self.labels = recipe, texts.clip, texts, images, labels
-        self.prompts, self.noise, self.eps, self.spent = tuple(prompts), noise, eps, spent
+        self.recipe, self.texts = recipe, clip if isinstance(clip, Texts) else Texts(clip)
+        self.clip, self.original = self.texts.clip, original or self.texts.clip
+        self.images, self.labels, self.prompts = images, labels, tuple(prompts)
+        self.noise = torch.zeros_like(images) if noise is None else noise
+        self.eps, self.spent = recipe.eps if eps is None else eps, Stopwatch() if spent is None else spent
         self.present, self.places = labels.unique(return_inverse=True)  # classes here; each picture's among them
 
     def features(self, images: Tensor) -> Tensor:
@@ -76,6 +74,16 @@ class Batch:
     def logits(self, features: Tensor, texts: Tensor) -> Tensor:
         """s cos(I, T)."""
         return self.clip.logit_scale.float() * features @ texts.T
+
+    @property
+    def own_labels(self) -> Tensor:
+        """The labels of `images`."""
+        return self.labels[share(len(self.labels))]
+
+    @cached_property
+    def before(self) -> "Batch":
+        """The same batch for the original CLIP."""
+        return Batch(self.recipe, self.original, self.images, self.labels, self.prompts, self.noise, self.eps)
 
     @cached_property
     def class_texts(self) -> Tensor:
@@ -89,52 +97,12 @@ class Batch:
 
     @cached_property
     def attacked_prompts(self) -> list[str]:
-        """`present_prompts` after the text attack on the current text tower: each distinct prompt costs once."""
+        """`present_prompts` after the recipe's text attack on the current text tower: each costs once."""
         with self.spent.on("text attack"):
             return self.recipe.text(self.clip, self.present_prompts)
 
     @cached_property
     def attacked_images(self) -> Tensor:
-        """The images after the image attack on the current weights."""
+        """The images after the recipe's inner attack on the current weights."""
         with self.spent.on("image attack"):
             return self.recipe.attack(self)
-
-
-def inner_maximum(batch: Batch) -> Tensor:
-    """The last l_inf PGD iterate on the cross-entropy over all class prompts, for every image of the batch.
-
-    Unlike the attack used for measuring, images that are already wrong are attacked, too: training learns from them.
-    Gradients go to the pixels only, and are taken on the `fast` twin.
-    """
-    labels, scale = batch.labels[share(len(batch.labels))], batch.clip.logit_scale.float().detach()
-    with frozen(batch.clip):
-        encode, texts = fast(batch.clip, batch.recipe.precision).encode_images, batch.texts(batch.prompts)
-
-        def slope(points: Tensor) -> Tensor:
-            loss = F.cross_entropy(scale * encode(points) @ texts.T, labels, reduction="sum")
-            return torch.autograd.grad(loss, points)[0]
-
-        return climb(batch, slope)
-
-
-def leaking_maximum(batch: Batch) -> Tensor:
-    """As `inner_maximum`, with MMCoA's released oversight: the gradients that each step leaves in the weights stay."""
-    labels = batch.labels[share(len(batch.labels))]
-
-    def slope(points: Tensor) -> Tensor:
-        logits = batch.logits(batch.clip.encode_images(points), batch.texts(batch.prompts))
-        F.cross_entropy(logits, labels).backward()
-        return points.grad
-
-    return climb(batch, slope)
-
-
-def climb(batch: Batch, slope: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sign steps from a random start up the slope, always inside the ball and the pixel range."""
-    linf, eps, recipe = NORMS["linf"], batch.eps, batch.recipe
-    step_size = 2 * eps / max(1, recipe.attack_steps) if recipe.step_size is None else recipe.step_size
-    points = (batch.images + linf.random(batch.noise, eps)).clamp(0, 1)
-    for _ in range(recipe.attack_steps):
-        moved = points + step_size * linf.ascend(slope(points.requires_grad_()))
-        points = (batch.images + linf.project(moved.detach() - batch.images, eps)).clamp(0, 1)
-    return points.detach()

@@ -1,28 +1,23 @@
-"""The training loop of all recipes, and the one file that an interrupted run goes on from."""
+"""The training loop of all recipes: `train(recipe, clip, pictures).clip`."""
 
 import copy
-import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from robustclip.checks import check_folder
+from robustclip.component import identity
 from robustclip.data.tinyworld import generator
 from robustclip.models import Clip, save
 from robustclip.progress import progress
+from robustclip.training import checkpoint
 from robustclip.training.batch import Batch, Stopwatch, Texts
+from robustclip.training.checkpoint import CHECKPOINT
 from robustclip.training.parallel import share, synchronised, wait, world
 from robustclip.training.pictures import Order, Pictures
+from robustclip.training.recipes import Recipe
 
-if TYPE_CHECKING:
-    from robustclip.training.recipes import Recipe
-
-CHECKPOINT = "checkpoint.safetensors"
 LARGEST_SCALE = math.log(100)  # of logit_scale="clamped", as in CLIP's own training
 
 
@@ -33,7 +28,7 @@ class Diverged(ValueError):
 class Objective(nn.Module):
     """The recipe's loss as a module, which is what several processes share."""
 
-    def __init__(self, recipe: "Recipe", clip: Clip) -> None:
+    def __init__(self, recipe: Recipe, clip: Clip) -> None:
         super().__init__()
         self.recipe, self.clip = recipe, clip
 
@@ -45,17 +40,17 @@ class Objective(nn.Module):
 class Run:
     """Everything that changes while a recipe runs."""
 
-    def __init__(self, recipe: "Recipe", clip: Clip, pictures: Pictures) -> None:
-        self.recipe, self.pictures, self.base = recipe, pictures, clip.digest
+    def __init__(self, recipe: Recipe, clip: Clip, pictures: Pictures) -> None:
+        self.recipe, self.original, self.pictures = recipe, clip, pictures
         self.clip = recipe.prepare(copy.deepcopy(clip)).requires_grad_(False)
         self.weights = [weight for name, weight in self.clip.network.named_parameters() if recipe.learns(name)]
         if not self.weights:
             raise ValueError(f"{recipe!r} trains no weight of {clip.name!r}; choose another value of trains")
         for weight in self.weights:
             weight.requires_grad_()
-        self.optimizer = recipe.make_optimizer(self.weights)
-        self.order = Order(pictures.labels, recipe.batch_size, recipe.shots, recipe.sampler, recipe.seed)
-        self.updates = recipe.updates_on(len(self.order))
+        self.optimizer = recipe.optimisation.start(self.weights)
+        self.order = Order(pictures.labels, recipe.optimisation.batch_size, recipe.shots, recipe.sampler, recipe.seed)
+        self.updates = recipe.optimisation.updates_on(len(self.order))
         self.objective, self.texts = synchronised(Objective(recipe, self.clip)), Texts(self.clip)
         self.done, self.losses, self.spent = 0, [], Stopwatch()
         self.place = "there is no checkpoint; give a folder to keep some"
@@ -63,16 +58,18 @@ class Run:
     def batch(self) -> Batch:
         """The batch of the next update; what is random about it depends on the seed and its number only."""
         rows = self.order.rows(self.done)
-        own, seed = share(len(rows)), self.recipe.seed
+        own, recipe = share(len(rows)), self.recipe
         images = self.pictures.fetch(rows[own]).to(self.clip.device)
-        noise = torch.rand((len(rows), *images.shape[1:]), generator=generator(f"noise/{seed}", self.done))[own]
+        noise = torch.rand((len(rows), *images.shape[1:]), generator=generator(f"noise/{recipe.seed}", self.done))[own]
         return Batch(
-            self.recipe, self.texts, images, self.pictures.labels[rows].to(self.clip.device), self.pictures.prompts,
-            noise.to(images) * 2 - 1, self.recipe.eps_at(self.done, self.updates), self.spent,
+            recipe, self.texts, images, self.pictures.labels[rows].to(self.clip.device), self.pictures.prompts,
+            noise.to(images) * 2 - 1, recipe.attack.eps_at(recipe.eps, self.done, self.updates), self.original,
+            self.spent,
         )  # fmt: skip
 
     def update(self) -> None:
         """One step of the optimizer."""
+        optimisation = self.recipe.optimisation
         self.optimizer.zero_grad(set_to_none=True)
         with self.spent.on("pictures"):
             batch = self.batch()
@@ -80,11 +77,11 @@ class Run:
             loss = self.objective(batch)
             if loss.isfinite():
                 loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.weights, self.recipe.clip_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(self.weights, optimisation.clip_norm or math.inf)
             if not (loss.isfinite() and norm.isfinite()):
                 raise Diverged(self._story(loss, norm))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.rate_at(self.done, self.updates)
+                group["lr"] = optimisation.rate_at(self.done, self.updates)
             self.optimizer.step()
             if self.recipe.logit_scale == "clamped":
                 self.clip.network.logit_scale.data.clamp_(0, LARGEST_SCALE)
@@ -96,88 +93,52 @@ class Run:
         shown = f"{rows}" if len(rows) <= 16 else f"{rows[:16]} and {len(rows) - 16} more".replace("]", ", ...]")
         return (
             f"update {self.done} of {self.updates}: loss {loss.item():g}, norm of its gradient {norm.item():g}; "
-            f"pictures {shown}; {self.place}. Lower rate={self.recipe.rate:g}, or set clip_norm"
+            f"pictures {shown}; {self.place}. Lower rate={self.recipe.optimisation.rate:g}, or set clip_norm"
         )
 
     def save(self, path: Path) -> None:
-        """Weights, optimizer, random states, counters and losses in one file, written at once or not at all."""
+        """Keep all of it in one file."""
         wait()
-        if world()[0]:
-            return
-        tensors = {f"weights/{number}": weight.detach() for number, weight in enumerate(self.weights)}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{number}/{name}": value for name, value in state.items()}
-        tensors |= _random_states()
-        facts = {"done": self.done, "losses": self.losses, "spent": self.spent, **self._facts()}
-        check_folder(path.parent, 2 * sum(value.nbytes for value in tensors.values()) / 1e6)
-        temporary = path.with_suffix(".tmp")
-        save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, temporary,
-                  {"run": json.dumps(facts)})  # fmt: skip
-        temporary.replace(path)
-        self.place = f"the last good checkpoint is {path}, of update {self.done}"
+        if not world()[0]:
+            facts = {"done": self.done, "losses": self.losses, "spent": self.spent, **self._about()}
+            checkpoint.save(path, self.weights, self.optimizer, facts)
+            self.place = f"the last good checkpoint is {path}, of update {self.done}"
 
     def restore(self, path: Path) -> None:
         """Go on from a file that `save` wrote, if there is one, and if it is of the same run."""
-        if not path.is_file():
-            return
-        try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads(file.metadata()["run"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        except (SafetensorError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no checkpoint, or a torn one ({error}); delete it to start anew") from error
-        if different := [name for name, value in self._facts().items() if facts.get(name) != value]:
-            raise ValueError(f"{path} is of another run ({', '.join(different)} differ); choose another folder")
-        with torch.no_grad():
-            for number, weight in enumerate(self.weights):
-                weight.copy_(tensors[f"weights/{number}"])
-        states: dict[int, dict] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, number, entry = name.split("/")
-                weight = self.weights[int(number)]
-                same = value.shape == weight.shape and value.ndim  # moments lie in memory as their weight does
-                states.setdefault(int(number), {})[entry] = torch.empty_like(weight).copy_(value) if same else value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
-        _set_random_states(tensors)
-        self.done, self.losses = facts["done"], facts["losses"]
-        self.spent.update(facts["spent"])
-        self.place = f"the last good checkpoint is {path}, of update {self.done}"
+        if path.is_file():
+            facts = checkpoint.restore(path, self.weights, self.optimizer, self._about())
+            self.done, self.losses = facts["done"], facts["losses"]
+            self.spent.update(facts["spent"])
+            self.place = f"the last good checkpoint is {path}, of update {self.done}"
 
-    def _facts(self) -> dict:
-        of = {"recipe": repr(self.recipe), "model": self.base, "pictures": self.pictures.digest}
-        return of | {"updates": self.updates}
+    def _about(self) -> dict:
+        base, pictures = self.original.digest, self.pictures.digest
+        return {"recipe": identity(self.recipe), "model": base, "pictures": pictures, "updates": self.updates}
 
 
 def train(
-    recipe: "Recipe", clip: Clip, pictures: Pictures, folder: Path | None = None, every: int = 50, stages: int = 1
-) -> tuple[Clip, Run]:
-    """A tuned copy of `clip`, and the finished run; with a folder, a checkpoint in it `every` so many updates.
+    recipe: Recipe, clip: Clip, pictures: Pictures, folder: Path | str | None = None, every: int = 50, stages: int = 1,
+    first: int | None = None,
+) -> Run:  # fmt: skip
+    """The finished run, whose `clip` is a tuned copy; or one of the `first` so many updates only.
 
-    The model after each but the last of so many equal `stages` is kept in the folder, too: `stage-1`, `stage-2` ...
+    With a folder, a checkpoint in it is written `every` so many updates, and an interrupted run goes on from there. The
+    model after each but the last of so many equal `stages` is kept in the folder, too: `stage-1`, `stage-2` ...
     """
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         run = Run(recipe, clip, pictures)
-        if folder:
-            run.restore(folder / CHECKPOINT)
-        for _ in progress(range(run.done, run.updates), type(recipe).__name__, unit="update"):
+        path = folder and Path(folder) / CHECKPOINT
+        if path:
+            run.restore(path)
+        end = min(run.updates, first or run.updates)
+        for _ in progress(range(run.done, end), type(recipe).__name__, unit="update"):
             run.update()
             stage, rest = divmod(run.done * stages, run.updates)
-            if folder and stages > 1 and rest < stages and 0 < stage < stages and not world()[0]:
-                save(run.clip, folder / f"stage-{stage}")
-            if folder and (run.done % every == 0 or run.done == run.updates):
-                run.save(folder / CHECKPOINT)
-    return run.clip.requires_grad_(False), run
-
-
-def _random_states() -> dict[str, Tensor]:
-    """The state of torch's generators."""
-    states = {"random/cpu": torch.get_rng_state()}
-    return states | ({"random/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_random_states(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+            if path and stages > 1 and rest < stages and 0 < stage < stages and not world()[0]:
+                save(run.clip, path.parent / f"stage-{stage}")
+            if path and (run.done % every == 0 or run.done == run.updates):
+                run.save(path)
+    run.clip.requires_grad_(False)
+    return run

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class Order:
             smallest = min(map(len, self.lists))
             check_integer(f"shots (the smallest class has {smallest} pictures)", shots, 1, smallest)
         self.subset = torch.cat([rows[:shots] for rows in self.lists])
-        self._epoch = cache(self._shuffled if sampler == "fixed" or shots is None else self._next)
+        draw = self._shuffled if sampler == "fixed" or shots is None else self._next
+        self._epoch = lru_cache(maxsize=2)(draw)
 
     def __len__(self) -> int:
         """Pictures in an epoch."""
@@ -61,8 +62,9 @@ class Order:
 
     def rows(self, update: int) -> Tensor:
         """The batch of an update."""
-        places = torch.arange(update * self.batch_size, (update + 1) * self.batch_size)
-        return torch.stack([self._epoch(place // len(self))[place % len(self)] for place in places.tolist()])
+        start, end, length = update * self.batch_size, (update + 1) * self.batch_size, len(self)
+        epochs = range(start // length, (end - 1) // length + 1)
+        return torch.cat([self._epoch(i)[max(0, start - i * length) : end - i * length] for i in epochs])
 
     def _shuffled(self, epoch: int) -> Tensor:
         return self.subset[torch.randperm(len(self), generator=generator(f"order/{self.seed}", epoch))]
