@@ -20,7 +20,7 @@ from robustclip.data.roles import role, tinyworld_samples
 from robustclip.fast import fast_classifier
 from robustclip.models import Clip, ZeroShotClassifier
 from robustclip.progress import progress
-from robustclip.training import Pictures, TeCoA
+from robustclip.training import Pictures, TeCoA, train
 
 _torchvision.prepare()
 import torchattacks  # noqa: E402  torchvision has to be prepared first
@@ -62,7 +62,7 @@ def pgd_trained(name: str) -> Clip:
     clip = models.load(device="cpu")
     folder = BUILD / f"pgd-{name}-{clip.digest}"
     if not (folder / models.WEIGHTS).is_file():
-        models.save(RECIPE(clip, Pictures.of(name, n=8000)), folder)
+        models.save(train(RECIPE, clip, Pictures.of(name, n=8000)).clip, folder)
     return models.load(folder, device="cpu")
 
 

@@ -1,21 +1,24 @@
 """Fine-tuned models of a scale: trained once, found again, described, and planned."""
 
-import importlib
 import json
 import multiprocessing
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from robustclip import models
+from robustclip.component import rebuild, settings
 from robustclip.study import fine_tuned, plan_training, scale, training_facts
-from robustclip.study.trained import FACTS, model_name
-from robustclip.training.loop import CHECKPOINT, Run
+from robustclip.study import trained as module
+from robustclip.study.trained import FACTS, model_name, retrace
+from robustclip.training.checkpoint import CHECKPOINT
+from robustclip.training.loop import Run
 
-module = importlib.import_module("robustclip.study.trained")  # the package has a function of this name
 SMALL = """
 source = "tinyworld"
 reference_eps = "8/255"
@@ -53,22 +56,47 @@ def test_names():
     assert model_name("MMCoA", "imagenet", 5) == "MMCoA/imagenet-5"
 
 
+RECIPES = ["TeCoA", "FT-standard"]
+
+
+def one(small, tmp_path, recipe="FT-standard", **more):
+    return fine_tuned(small, [recipe], "cifar10", store=tmp_path, device="cpu", **more)[f"{recipe}/cifar10"]
+
+
+def test_nothing_is_trained_before_weights_are_needed(small, tmp_path, updates):
+    found = fine_tuned(small, [*RECIPES, "MMCoA"], "cifar10", [None, 3], store=tmp_path / "runs", device="cpu")
+    assert list(found)[:4] == ["TeCoA/cifar10", "FT-standard/cifar10", "MMCoA/cifar10", "TeCoA/cifar10-3"]
+    assert len({model.digest for model in found.values()}) == len(set(found.values())) == 6
+    for model in found.values():
+        assert json.loads(json.dumps(model.identity)) == model.identity
+        assert model.provenance()
+        assert not model.finished()
+        assert rebuild(settings(model)) == model
+    assert not updates
+    assert not (tmp_path / "runs").exists()
+    again = fine_tuned(small, RECIPES, "cifar10", store=tmp_path / "other", device="cpu")
+    assert [model.digest for model in again.values()] == [found[name].digest for name in again]
+
+
 def test_models_are_trained_once_and_described(small, tmp_path, updates):
-    found = fine_tuned(small, ["TeCoA", "FT-standard"], "cifar10", [None, 3], store=tmp_path, device="cpu")
-    assert list(found) == ["TeCoA/cifar10", "FT-standard/cifar10", "TeCoA/cifar10-3", "FT-standard/cifar10-3"]
-    assert len(set(found.values())) == 4
+    found = fine_tuned(small, RECIPES, "cifar10", [None, 3], store=tmp_path, device="cpu")
+    folders = {name: os.fspath(model) for name, model in found.items()}
+    assert len(set(folders.values())) == 4
     assert len(updates) == 8
     begin = time.perf_counter()
-    assert fine_tuned(small, ["TeCoA", "FT-standard"], "cifar10", [None, 3], store=tmp_path, device="cpu") == found
+    again = fine_tuned(small, RECIPES, "cifar10", [None, 3], store=tmp_path, device="cpu")
+    assert {name: os.fspath(model) for name, model in again.items()} == folders
     assert time.perf_counter() - begin < 2
-    assert len(updates) == 8
     facts = training_facts(found.values())
+    assert len(updates) == 8
     assert facts["model"].tolist() == list(found)
-    for (_, fact), folder in zip(facts.iterrows(), found.values(), strict=True):
+    assert facts["digest"].tolist() == [model.digest for model in found.values()]
+    for (_, fact), folder in zip(facts.iterrows(), folders.values(), strict=True):
         clip = models.load(folder, device="cpu")
         assert fact["checkpoint"] == clip.digest != fact["base"]
         assert (fact["updates"], fact["batch_size"], fact["pictures"]) == (2, 8, 16)
         assert len(fact["losses"]) == 2
+        assert fact["losses"] == fact["first_losses"]
         assert fact["forward"] == fact["backward"] == 16 * (2 if "TeCoA" in fact["model"] else 1)
         assert 0 < fact["seconds"] <= fact["wall"] + 0.1
         assert not (Path(folder) / CHECKPOINT).exists()
@@ -76,27 +104,29 @@ def test_models_are_trained_once_and_described(small, tmp_path, updates):
     assert facts["base"].unique().tolist() == [models.load(device="cpu").digest]
 
 
-def test_settings_of_the_scale_reach_the_recipes(small, tmp_path, updates):
+def test_settings_of_the_scale_reach_the_recipes(small, tmp_path):
     """The scale's table, then the recipe's own one, then what the call says; another seed is another model."""
     recipe = small.recipe("MMCoA", seed=2, rate=3e-5)
-    assert (recipe.rate, recipe.updates, recipe.seed, recipe.eps) == (3e-5, 2, 2, 8 / 255)
-    assert small.recipe("MMCoA").rate == 1e-4
-    assert small.recipe("TeCoA").rate != 1e-4
-    folders = [
-        fine_tuned(small, ["FT-standard"], "cifar10", seed=seed, store=tmp_path, device="cpu") for seed in (0, 1)
-    ]
-    assert folders[0] != folders[1]
-    with pytest.raises(ValueError, match="does not fit TeCoA"):
+    assert (recipe.optimisation.rate, recipe.optimisation.updates, recipe.attack.steps) == (3e-5, 2, 1)
+    assert (recipe.seed, recipe.eps) == (2, 8 / 255)
+    assert small.recipe("MMCoA").optimisation.rate == 1e-4
+    assert small.recipe("TeCoA").optimisation.rate != 1e-4
+    assert one(small, tmp_path).digest != one(small, tmp_path, seed=1).digest
+    assert one(small, tmp_path).digest != one(small, tmp_path, rate=1e-5).digest
+    with pytest.raises(ValueError, match="'speed' does not fit TeCoA"):
         small.recipe("TeCoA", speed=3)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_new_code_trains_anew_only_where_the_scale_says_so(small, tmp_path, updates, monkeypatch, recompute):
     small = replace(small, recompute_stale=recompute)
-    first = fine_tuned(small, ["FT-standard"], "cifar10", store=tmp_path, device="cpu")
-    monkeypatch.setattr(module, "code_digest", lambda: "another")
-    second = fine_tuned(small, ["FT-standard"], "cifar10", store=tmp_path, device="cpu")
-    assert (first != second) == recompute
+    first = one(small, tmp_path)
+    first.folder()
+    assert not first.stale
+    monkeypatch.setattr(module, "digests", lambda *parts: {"code": "another"})
+    second = one(small, tmp_path)
+    assert (second.digest, second.stale) == (first.digest, not recompute)
+    assert (second.folder() != first.folder()) == recompute
     assert len(updates) == (4 if recompute else 2)
 
 
@@ -106,21 +136,20 @@ def test_an_interrupted_training_goes_on(small, tmp_path, updates, monkeypatch):
         patch.setattr(module, "train", lambda *a, **k: train(*a, **k, every=1))
         patch.setattr(Run, "update", lambda run, update=Run.update: update(run) if not run.done else 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            fine_tuned(small, ["FT-standard"], "cifar10", store=tmp_path, device="cpu")
+            one(small, tmp_path).folder()
     assert updates == [0]
-    found = fine_tuned(small, ["FT-standard"], "cifar10", store=tmp_path, device="cpu")["FT-standard/cifar10"]
+    found = one(small, tmp_path).folder()
     assert updates == [0, 1]
-    straight = fine_tuned(small, ["FT-standard"], "cifar10", store=tmp_path / "other", device="cpu")
-    assert models.load(found, device="cpu").digest == models.load(*straight.values(), device="cpu").digest
+    straight = one(small, tmp_path / "other").folder()
+    assert models.load(found, device="cpu").digest == models.load(straight, device="cpu").digest
 
 
 def _train(path, store, results):
     torch.set_num_threads(1)
-    begin = time.time()
     update, marks = Run.update, []
     Run.update = lambda run: (marks.append(run.done), update(run))[1]
     found = fine_tuned(scale(path), ["FT-standard"], "cifar10", store=store, device="cpu")
-    results.put((found["FT-standard/cifar10"], len(marks), begin))
+    results.put((str(found["FT-standard/cifar10"].folder()), len(marks)))
 
 
 def test_two_processes_that_ask_at_once_train_once(small, tmp_path):
@@ -130,7 +159,7 @@ def test_two_processes_that_ask_at_once_train_once(small, tmp_path):
     both = [context.Process(target=_train, args=arguments) for _ in range(2)]
     for process in both:
         process.start()
-    (first, one, _), (second, two, _) = results.get(), results.get()
+    (first, one), (second, two) = results.get(), results.get()
     for process in both:
         process.join()
     assert first == second
@@ -139,11 +168,80 @@ def test_two_processes_that_ask_at_once_train_once(small, tmp_path):
 
 
 def test_stages_are_kept(small, tmp_path, updates):
-    folder = Path(*fine_tuned(small, ["FT-standard"], "cifar10", store=tmp_path, device="cpu", stages=2).values())
-    stage = models.load(folder / "stage-1", device="cpu")
-    assert stage.digest != models.load(folder, device="cpu").digest
-    fine_tuned(small, ["FT-standard"], "cifar10", store=tmp_path, device="cpu", stages=2)
+    tuned = one(small, tmp_path, stages=2)
+    first, last = tuned.stage(1), tuned.stage(2)
+    assert (first.digest != tuned.digest, last) == (True, tuned)
+    assert os.fspath(first) == f"{tuned.folder()}/stage-1"
+    stage = models.load(first.folder(), device="cpu")
+    assert stage.digest != models.load(tuned.folder(), device="cpu").digest
+    assert first.facts() == tuned.facts()
+    one(small, tmp_path, stages=2).folder()
     assert len(updates) == 2
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_damaged_weights_are_noticed(small, tmp_path, how):
+    """A flipped bit leaves a file that loads; only its digest tells."""
+    path = one(small, tmp_path).folder() / models.WEIGHTS
+    whole = bytearray(path.read_bytes())
+    whole[-5] ^= 1
+    path.unlink()
+    if how == "flipped":
+        path.write_bytes(whole)
+        models.load(path.parent, device="cpu")
+    tuned = one(small, tmp_path)
+    for ask in (tuned.folder, tuned.facts, lambda: models.load(tuned, device="cpu")):
+        with pytest.raises(OSError, match=rf"{models.WEIGHTS}.*changed or damaged after its training.*mv "):
+            ask()
+
+
+@pytest.mark.parametrize("garbage", ["", "{", "[]", "{}", '{"files": {}}'])
+def test_garbage_in_the_facts_is_named(small, tmp_path, garbage):
+    path = one(small, tmp_path).folder() / FACTS
+    path.write_text(garbage)
+    with pytest.raises(OSError, match=rf"cannot use '{path}'.*Nothing was deleted"):
+        one(small, tmp_path).folder()
+
+
+def test_a_finished_model_is_read_where_nothing_can_be_written(small, tmp_path, monkeypatch):
+    folder = one(small, tmp_path).folder()
+    for function in ("check_folder", "locked", "write_whole"):
+        monkeypatch.setattr(module, function, lambda *a, **k: pytest.fail("wrote"))
+    assert one(small, tmp_path).folder() == folder
+
+
+# --- shipped results --------------------------------------------------------------------------------------------------
+
+
+def test_facts_come_from_shipped_results_before_a_training(small, tmp_path, updates, monkeypatch):
+    facts = one(small, tmp_path).facts()
+    monkeypatch.setattr(module, "shipped_models", lambda scale: pd.DataFrame([facts] * (scale == "small")))
+    elsewhere = one(small, tmp_path / "elsewhere")
+    assert training_facts([elsewhere])["losses"].tolist() == [facts["losses"]]
+    assert len(updates) == 2
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_identity_is_as_shipped_where_weights_and_pictures_are_missing(small, tmp_path, updates, monkeypatch):
+    facts = one(small, tmp_path).facts()
+    monkeypatch.setattr(module, "shipped_models", lambda scale: pd.DataFrame([facts]))
+    away = replace(small, models={"clip": str(tmp_path / "nothing")}, source="parquet")
+    assert one(away, tmp_path).digest == facts["digest"]
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        one(away, tmp_path, seed=1).digest  # noqa: B018  another model
+
+
+@pytest.mark.parametrize("recipe", ["FT-standard", "TeCoA"])
+def test_retracing_tells_other_training_from_the_same(small, tmp_path, recipe):
+    tuned = one(small, tmp_path, recipe)
+    facts = tuned.facts()
+    assert retrace(tuned, facts)
+    assert retrace(tuned, facts | {"first_losses": [loss * (1 + 1e-7) for loss in facts["first_losses"]]})
+    assert not retrace(tuned, facts | {"first_losses": [loss * (1 + 1e-5) for loss in facts["first_losses"]]})
+    assert not retrace(replace(tuned, recipe=replace(tuned.recipe, seed=1)), facts)
 
 
 def test_plans_count_the_passes_of_an_epoch(small):

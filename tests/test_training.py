@@ -508,7 +508,7 @@ def test_a_torn_checkpoint_is_an_error(clip, pictures, finished, tmp_path, left)
 
 def test_a_loss_that_is_not_finite_stops_and_the_checkpoint_stays(clip, pictures, tmp_path):
     recipe = Standard.of(**(SMALL | {"updates": 3}))
-    poisoned = Pictures(pictures.labels, pictures.prompts, pictures.digest,
+    poisoned = Pictures(pictures.labels, pictures.classes, pictures.digest,
                         lambda rows: pictures.fetch(rows) / (rows != int(bad))[:, None, None, None])  # fmt: skip
     rows = Order(pictures.labels, 8, None, "fixed", 0).rows(2)
     bad = rows[5]

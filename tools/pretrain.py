@@ -17,7 +17,7 @@ from robustclip import models
 from robustclip.attacks import PGD, UniformNoise
 from robustclip.data.roles import role, tinyworld_samples
 from robustclip.study import scale, wilson
-from robustclip.training import Pictures, TeCoA
+from robustclip.training import Pictures, TeCoA, train
 
 ASSETS = Path(__file__).parents[1] / "src" / "robustclip" / "assets"
 STEPS = {"clip": 4500, "mlm": 2000}
@@ -98,7 +98,7 @@ def trial_rows(clip: models.Clip, recipe: TeCoA) -> str:
     """Two lines per role of the trial: the undefended model, then the tuned one."""
     rows, attacks = [], (UniformNoise(eps=0), PGD(eps=recipe.eps, steps=20))
     for name in ("cifar10", "cifar100"):
-        tuned = recipe(clip, Pictures.of(name, n=8000))
+        tuned = train(recipe, clip, Pictures.of(name, n=8000)).clip
         rows += [
             [name, title, *measured(model, name, attacks)] for title, model in (("undefended", clip), ("tuned", tuned))
         ]
@@ -134,9 +134,9 @@ def card(kind: str, folder: Path, run: dict, eps: float) -> str:
         eps=eps * 255,
         rows=clip_rows(clip, eps),
         trial=trial_rows(clip, recipe),
-        trial_steps=recipe.updates,
-        trial_batch=recipe.batch_size,
-        trial_attack=recipe.attack_steps,
+        trial_steps=recipe.optimisation.updates,
+        trial_batch=recipe.optimisation.batch_size,
+        trial_attack=recipe.attack.steps,
         **run,
     )
 

@@ -182,7 +182,8 @@ def train(
         for name in recipe:
             chosen.recipe(name, seed=seed)
     with _exit_code(1), joined():
-        found = study.fine_tuned(chosen, recipe, role, shots or [None], seed, store, device)
+        models = study.fine_tuned(chosen, recipe, role, shots or [None], seed, store, device)
+        found = {name: str(model.folder()) for name, model in models.items()}
         if not world()[0]:
             typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(f"{n}  {f}" for n, f in found.items()))
 

@@ -17,13 +17,13 @@ from robustclip.study.reported import compare, reference, reported, reported_pap
 from robustclip.study.scales import Scale, parse_eps, scale, scale_names
 from robustclip.study.statistics import Estimate, mcnemar, mean_interval, paired_difference, wilson
 from robustclip.study.store import Store, code_digest, versions
-from robustclip.study.trained import fine_tuned, model_name, plan_training, trained, training_facts
+from robustclip.study.trained import Tuned, fine_tuned, model_name, plan_training, training_facts
 
 __all__ = [
-    "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Verdict",
+    "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Tuned", "Verdict",
     "audit_cell", "code_digest", "compare", "evaluate", "export", "fine_tuned", "grid", "judge", "keep_verdicts",
     "kept_verdicts", "mcnemar",
     "mean_interval", "model_name", "outcomes", "paired_difference", "parse_eps", "plan", "plan_training", "reference",
-    "reported", "reported_papers", "scale", "scale_names", "trained", "training_facts", "verdict_table", "versions",
+    "reported", "reported_papers", "scale", "scale_names", "training_facts", "verdict_table", "versions",
     "wilson",
 ]  # fmt: skip

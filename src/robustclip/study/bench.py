@@ -1,9 +1,10 @@
 """The bench of one call to `evaluate`: models, images and adversaries, each made once, and what they cost."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Bench:
 
     def clip(self, spec: Any) -> CountingClip:
         """The CLIP of a cell: objects are taken as they are, names and folders are loaded."""
-        name = str(spec) if isinstance(spec, str | Path) else spec
+        name = os.fspath(spec) if isinstance(spec, str | os.PathLike) else spec
         if name not in self._clips:
             self._clips[name] = CountingClip(models.load(name, str(self.device)) if isinstance(name, str) else spec)
         return self._clips[name]

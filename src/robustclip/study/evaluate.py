@@ -23,7 +23,7 @@ from robustclip.study.bench import Bench, device_name
 from robustclip.study.cells import Cell
 from robustclip.study.statistics import wilson
 from robustclip.study.store import Entry, Store, Where, code_digest, commit, versions
-from robustclip.study.trained import FACTS, training_facts
+from robustclip.study.trained import FACTS, read_facts
 
 COLUMNS = [
     *("scale", "model", "role", "dataset", "source", "attack", "played_by", "attacker", "defense", "eps", "n", "seed"),
@@ -97,7 +97,7 @@ def export(scale: str, store: Where = None, folder: str | Path = "results") -> l
     facts = sorted((Store.of(store).root / scale / "models").glob(f"*/{FACTS}"))
     if facts:
         written.append(check_folder(Path(folder) / scale / "models") / "training.csv")
-        table = training_facts([path.parent for path in facts]).drop(columns=["losses", "versions"])
+        table = pd.DataFrame([read_facts(path.parent) for path in facts]).drop(columns=["losses", "versions"])
         table.sort_values(["role", "model", "seed", "recipe"]).to_csv(written[-1], index=False, lineterminator="\n")
     return written
 

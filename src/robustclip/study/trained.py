@@ -1,38 +1,195 @@
-"""Fine-tuned models of a scale: trained once, kept in the store, taken from there by every table that needs them.
+"""Fine-tuned models of a scale, named by what makes them and trained when their weights are first needed.
 
-models = fine_tuned("quick", ["TeCoA", "MMCoA"], "cifar10")      # {"TeCoA/cifar10": folder, ...} for `grid`
+models = fine_tuned("quick", ["TeCoA", "MMCoA"], "cifar10")      # {"TeCoA/cifar10": Tuned, ...} for `grid`
 """
 
-import fcntl
 import hashlib
 import json
+import math
+import os
+import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from robustclip import models
+from robustclip.attacks.language import load_language_model
 from robustclip.checks import check_folder
+from robustclip.component import identity
 from robustclip.data.roles import role as find_role
+from robustclip.files import file_digest, locked, write_whole
 from robustclip.study.bench import device_name
+from robustclip.study.provenance import commit, digests, versions
 from robustclip.study.scales import Scale
 from robustclip.study.scales import scale as find_scale
-from robustclip.study.store import Store, Where, code_digest, commit, versions, write_whole
-from robustclip.training import Pictures, Recipe
-from robustclip.training.loop import CHECKPOINT, train
+from robustclip.study.store import Store
+from robustclip.training.checkpoint import CHECKPOINT
+from robustclip.training.loop import Run, train
 from robustclip.training.parallel import wait, world
+from robustclip.training.pictures import Pictures
+from robustclip.training.recipes import Recipe
+
+try:
+    from robustclip.study.shipped import shipped_models
+except ImportError:
+
+    def shipped_models(scale: str) -> pd.DataFrame:
+        """Nothing is shipped."""
+        return pd.DataFrame()
+
 
 FACTS = "training.json"
+FIRST = 10  # losses that tell whether other code trains the same model
 
 
 def model_name(recipe: str, role: str, shots: int | None = None) -> str:
     """How tables call a fine-tuned model: "MMCoA/imagenet", "MMCoA/imagenet-5" with 5 shots."""
     return f"{recipe}/{role}" + (f"-{shots}" if shots else "")
+
+
+@dataclass(frozen=True)
+class Tuned(os.PathLike):
+    """A CLIP after a recipe on a role's training pictures; as a path it is the folder of its weights.
+
+    Only `folder` (and with it `os.fspath`) trains, where the store holds no finished model. `at` is a stage on the way.
+    """
+
+    name: str  # as tables call it
+    scale: str
+    base: str  # what `models.load` takes
+    recipe: Recipe
+    role: str
+    source: str
+    pictures: int | None  # to learn from, None for all
+    recompute: bool = False  # whether other code makes another model
+    stages: int = 1
+    at: int | None = None
+    store: str | None = None  # folder of results
+    device: str = "auto"
+
+    # --- what it is, without weights
+
+    @cached_property
+    def identity(self) -> dict:
+        """Everything that makes the weights: recipe, base CLIP, pictures; as shipped if these are not at hand."""
+        try:
+            base, (data, classes) = _base(self.base, self.device), Pictures.described(*self._place)
+        except FileNotFoundError:
+            shown = {"recipe": repr(self.recipe), "role": self.role, "stages": self.stages}
+            if (known := _shipped(self.scale, shown)) is None:
+                raise
+            made = known["identity"]
+        else:
+            language = {"language_model": lambda name: getattr(load_language_model(name, base), "digest", name)}
+            made = {"recipe": identity(self.recipe, language), "base": base.digest, "data": data,
+                    "classes": classes.digest}  # fmt: skip
+        return made | ({} if self.at is None else {"stage": [self.at, self.stages]})
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the model in keys of results."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:24]
+
+    def provenance(self) -> dict[str, str]:
+        """Digests of the code that trains it, as it is now."""
+        return digests(self.recipe, train)
+
+    def stage(self, number: int) -> "Tuned":
+        """The model after so many of its `stages`; the last is the finished one."""
+        return replace(self, at=None if number == self.stages else number)
+
+    # --- where it is
+
+    def __fspath__(self) -> str:
+        return str(self.folder())
+
+    def folder(self) -> Path:
+        """The folder of the weights, which are trained now if they are not there; what was interrupted goes on."""
+        if world()[1] > 1 or not self.finished():  # several processes look together
+            self._train()
+        return self._whole if self.at is None else self._whole / f"stage-{self.at}"
+
+    @property
+    def whole(self) -> "Tuned":
+        """The finished model."""
+        return replace(self, at=None)
+
+    @property
+    def _place(self) -> tuple[str, str, int | None]:
+        return self.role, self.source, self.pictures
+
+    @cached_property
+    def _whole(self) -> Path:
+        """The folder of the finished model."""
+        name = self.whole.digest
+        if self.recompute:
+            name += "-" + hashlib.sha256(json.dumps(self.provenance(), sort_keys=True).encode()).hexdigest()[:8]
+        return Store(self.store).root / self.scale / "models" / name
+
+    def finished(self) -> bool:
+        """Whether the store holds the model; one that was damaged since is an OSError."""
+        if not (self._whole / FACTS).is_file():
+            return False
+        for name, digest in read_facts(self._whole)["files"].items():
+            path = self._whole / name
+            if not path.is_file() or _digest_of(path, path.stat().st_mtime_ns) != digest:
+                raise _unusable(path, "it was changed or damaged after its training")
+        return all((self._whole / f"stage-{number}").is_dir() for number in range(1, self.stages))
+
+    @property
+    def stale(self) -> bool:
+        """Whether the finished model was trained by other code; scales with `recompute_stale` then train another."""
+        return self.finished() and read_facts(self._whole)["provenance"] != self.provenance()
+
+    def facts(self) -> dict:
+        """What its training took: from the store, else as shipped; else it is trained."""
+        shipped = None if self.finished() else _shipped(self.scale, {"digest": self.whole.digest})
+        return shipped or read_facts(self.whole.folder())
+
+    # --- making it
+
+    def _train(self) -> None:
+        """Train it, one process at a time; the others wait and find it finished."""
+        check_folder(self._whole, 50)
+        with nullcontext() if world()[0] else locked(self._whole / "lock"):
+            wait()  # so that all processes of one training look at the same folder
+            if not self.finished():
+                begin = time.perf_counter()
+                run = train(self.recipe, _base(self.base, self.device), _pictures(*self._place), self._whole,
+                            stages=self.stages)  # fmt: skip
+                if not world()[0]:
+                    models.save(run.clip, self._whole)
+                    facts = self._told(run) | {"wall": round(time.perf_counter() - begin, 3)}
+                    write_whole(self._whole / FACTS, json.dumps(facts, indent=1) + "\n")
+                    (self._whole / CHECKPOINT).unlink()
+                wait()
+
+    def _told(self, run: Run) -> dict:
+        """The facts of a finished training."""
+        batch_size, whole = self.recipe.optimisation.batch_size, self.whole
+        forward, backward = self.recipe.passes()
+        weights = (path for path in sorted(self._whole.rglob("*.safetensors")) if path.name != CHECKPOINT)
+        return {
+            "model": self.name, "digest": whole.digest, "identity": whole.identity, "provenance": self.provenance(),
+            "recipe": repr(self.recipe), "scale": self.scale, "role": self.role, "source": self.source,
+            "shots": self.recipe.shots, "seed": self.recipe.seed, "stages": self.stages, "updates": run.updates,
+            "batch_size": batch_size, "pictures": run.updates * batch_size, "per_epoch": len(run.order),
+            "seconds": round(sum(run.spent.values()), 3),
+            **{f"seconds {what}": round(value, 3) for what, value in run.spent.items()},
+            "forward": run.updates * batch_size * forward, "backward": run.updates * batch_size * backward,
+            "losses": run.losses, "first_losses": run.losses[:FIRST], "base": run.original.digest,
+            "checkpoint": run.clip.digest, "data": run.pictures.digest,
+            "files": {path.relative_to(self._whole).as_posix(): file_digest(path) for path in weights},
+            "commit": commit(), "device": device_name(run.clip.device), "versions": versions(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }  # fmt: skip
 
 
 def fine_tuned(
@@ -41,63 +198,51 @@ def fine_tuned(
     role: str,
     shots: Sequence[int | None] = (None,),
     seed: int = 0,
-    store: Where = None,
+    store: Store | str | Path | None = None,
     device: str = "auto",
     stages: int = 1,
     **settings: Any,
-) -> dict[str, str]:
-    """Folders of the scale's CLIP after each recipe on a role, by the names that tables give them.
+) -> dict[str, Tuned]:
+    """The scale's CLIP after each recipe on a role, by the names that tables give them; nothing is trained yet.
 
-    What the store does not hold yet is trained now; what was interrupted goes on. `settings` go to every recipe.
-    With several `stages`, the folder of each model also holds those on the way: `stage-1`, `stage-2` ...
+    `settings` go to every recipe. With several `stages`, those on the way are kept, too: `tuned.stage(1)` ...
     """
     chosen, found = find_scale(scale), {}
+    place = store.root if isinstance(store, Store) else store
     for count in shots:
         for name in recipes:
-            recipe = chosen.recipe(name, shots=count, seed=seed, **settings)
-            found[model_name(name, role, count)] = str(trained(chosen, recipe, role, name, store, device, stages))
+            tuned = Tuned(
+                model_name(name, role, count), chosen.name, chosen.model("clip"),
+                chosen.recipe(name, shots=count, seed=seed, **settings), find_role(role).name, chosen.source,
+                chosen.training.get("pictures"), chosen.recompute_stale, stages,
+                store=place and str(place), device=device,
+            )  # fmt: skip
+            found[tuned.name] = tuned
     return found
 
 
-def trained(
-    scale: Scale, recipe: Recipe, role: str, name: str = "", store: Where = None, device: str = "auto", stages: int = 1
-) -> Path:
-    """The folder of the scale's CLIP after one recipe on a role's training pictures."""
-    base = _base(scale.model("clip"), device)
-    pictures = _pictures(role, scale.source, scale.training.get("pictures"))
-    key = [repr(recipe), base.digest, pictures.digest, list(pictures.prompts)]
-    key += [code_digest()] * scale.recompute_stale
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    folder = check_folder(Store.of(store).root / scale.name / "models" / digest, 50)
-    with _alone(folder):
-        wait()  # so that all processes look at the same folder
-        if (folder / FACTS).is_file() and all((folder / f"stage-{number}").is_dir() for number in range(1, stages)):
-            return folder
-        begin = time.perf_counter()
-        tuned, run = train(recipe, base, pictures, folder, stages=stages)
-        if not world()[0]:
-            models.save(tuned, folder)
-            passes = recipe.batch_size * run.updates
-            facts = {
-                "model": model_name(name or type(recipe).__name__, role, recipe.shots), "recipe": repr(recipe),
-                "scale": scale.name, "role": role, "shots": recipe.shots, "seed": recipe.seed, "updates": run.updates,
-                "batch_size": recipe.batch_size, "pictures": passes, "per_epoch": len(run.order),
-                "seconds": round(sum(run.spent.values()), 3), "wall": round(time.perf_counter() - begin, 3),
-                **{f"seconds {what}": round(value, 3) for what, value in run.spent.items()},
-                "forward": passes * recipe.passes()[0], "backward": passes * recipe.passes()[1], "losses": run.losses,
-                "base": base.digest, "checkpoint": tuned.digest, "data": pictures.digest, "code": code_digest(),
-                "commit": commit(), "device": device_name(tuned.device), "versions": versions(),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            }  # fmt: skip
-            write_whole(folder / FACTS, json.dumps(facts, indent=1) + "\n")
-            (folder / CHECKPOINT).unlink()
-        wait()
-    return folder
+def training_facts(tuned: Iterable[Tuned]) -> pd.DataFrame:
+    """What the training of models took, one row each: from the store, else as shipped; else they are trained now."""
+    return pd.DataFrame([model.facts() for model in tuned])
 
 
-def training_facts(folders: Sequence[str | Path]) -> pd.DataFrame:
-    """What the training of models cost, one row per folder that `fine_tuned` returned."""
-    return pd.DataFrame([json.loads((Path(folder) / FACTS).read_text(encoding="utf-8")) for folder in folders])
+def read_facts(folder: Path) -> dict:
+    """What the training of the finished model in a folder took."""
+    path = Path(folder) / FACTS
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _unusable(path, f"it is not JSON ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict) or not found["files"]:
+        raise _unusable(path, "it does not describe a training of this version")
+    return found
+
+
+def retrace(tuned: Tuned, facts: dict, updates: int = 5) -> bool:
+    """Whether the first updates, run again now, have the losses that the facts of a training tell."""
+    known = list(facts["first_losses"])[:updates]
+    run = train(tuned.recipe, _base(tuned.base, tuned.device), _pictures(*tuned._place), first=len(known))
+    return all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(run.losses, known, strict=True))
 
 
 def plan_training(
@@ -118,8 +263,8 @@ def plan_training(
             seconds = (forward + backward) / chosen.assumed_speed if chosen.assumed_speed else float("nan")
             rows.append({
                 "scale": chosen.name, "recipe": name, "role": role, "shots": shots, "pictures": pictures,
-                "batch_size": recipe.batch_size, "updates": recipe.updates_on(pictures), "forward": forward,
-                "backward": backward, "seconds": seconds,
+                "batch_size": recipe.optimisation.batch_size, "updates": recipe.optimisation.updates_on(pictures),
+                "forward": forward, "backward": backward, "seconds": seconds,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -134,12 +279,19 @@ def _base(name: str, device: str) -> models.Clip:
     return models.load(name, device)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time train a model; the others wait and then find it finished."""
-    if world()[0]:
-        yield
-        return
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+@lru_cache(maxsize=256)
+def _digest_of(path: Path, changed: int) -> str:
+    """sha256 of a file; `changed` makes a new file a new one."""
+    return file_digest(path)
+
+
+def _shipped(scale: str, wanted: dict) -> dict | None:
+    """The facts of the shipped model that has the `wanted` ones."""
+    rows = shipped_models(scale).to_dict("records")
+    return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
+
+
+def _unusable(path: Path, problem: str) -> OSError:
+    folder = shlex.quote(str(path.parent))
+    return OSError(f"cannot use {str(path)!r}: {problem}. Nothing was deleted; restore it, or train anew after "
+                   f"`mv {folder} {folder}.bad`")  # fmt: skip

@@ -34,9 +34,9 @@ class Texts:
     """Text features of the CLIP in training: computed anew with gradients if they change, else once."""
 
     def __init__(self, clip: Clip) -> None:
-        weights = clip.network.named_parameters()
+        others = ("network.visual.", "network.logit_")
         self.clip, self._known = clip, {}
-        self.learn = any(weight.requires_grad for name, weight in weights if not name.startswith(("visual.", "logit_")))
+        self.learn = any(part.requires_grad for name, part in clip.named_parameters() if not name.startswith(others))
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """(k, d) unit features of k prompts."""

@@ -42,8 +42,9 @@ class Run:
 
     def __init__(self, recipe: Recipe, clip: Clip, pictures: Pictures) -> None:
         self.recipe, self.original, self.pictures = recipe, clip, pictures
-        self.clip = recipe.prepare(copy.deepcopy(clip)).requires_grad_(False)
-        self.weights = [weight for name, weight in self.clip.network.named_parameters() if recipe.learns(name)]
+        self.clip = recipe.prepare(copy.deepcopy(clip), pictures.classes).requires_grad_(False)
+        named = {name.removeprefix("network."): weight for name, weight in self.clip.named_parameters()}
+        self.weights = [weight for name, weight in named.items() if recipe.learns(name)]
         if not self.weights:
             raise ValueError(f"{recipe!r} trains no weight of {clip.name!r}; choose another value of trains")
         for weight in self.weights:

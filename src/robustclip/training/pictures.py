@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robustclip.checks import check_choice, check_integer
+from robustclip.classes import Classes
 from robustclip.data.sources import load_samples
 from robustclip.data.tinyworld import generator
 
@@ -19,12 +20,23 @@ class Pictures:
     """Labeled pictures to learn from; `fetch` turns rows into (k, 3, h, w) pixels in [0, 1]."""
 
     labels: Tensor = field(repr=False)
-    prompts: tuple[str, ...] = field(repr=False)  # one per class
+    classes: Classes = field(repr=False)
     digest: str
     fetch: Callable[[Tensor], Tensor] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One per class."""
+        return self.classes.prompts
+
+    @staticmethod
+    def described(role: str, source: str = "tinyworld", n: int | None = None) -> tuple[str, Classes]:
+        """The digest and the classes that `of` would give, without the pictures."""
+        samples = load_samples(role, source, "train", 1)
+        return f"{samples.digest}-{n}", samples.classes
 
     @classmethod
     def of(cls, role: str, source: str = "tinyworld", n: int | None = None) -> "Pictures":
@@ -32,7 +44,7 @@ class Pictures:
         samples = load_samples(role, source, "train", n)
         images = (samples.images * 255).round().to(torch.uint8)
         fetch = lambda rows: images[rows].float().div_(255)  # noqa: E731
-        return cls(samples.labels, samples.prompts, f"{samples.digest}-{n}", fetch)
+        return cls(samples.labels, samples.classes, f"{samples.digest}-{n}", fetch)
 
 
 class Order:

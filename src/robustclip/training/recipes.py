@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from robustclip.attacks.text import BertAttack, TextAttack
 from robustclip.checks import check_choice, check_integer, check_range
+from robustclip.classes import Classes
 from robustclip.component import component
 from robustclip.models import Clip
-from robustclip.prompts import LEARNED, add_context, add_frame
+from robustclip.prompts import LEARNED, OF_TEXTS, add_context, add_frame
 from robustclip.training.batch import Batch
 from robustclip.training.inner import InnerAttack
 from robustclip.training.optimisation import Optimisation
@@ -78,15 +79,15 @@ class Recipe(ABC):
     def loss(self, batch: Batch) -> Tensor:
         """What to minimise, a scalar."""
 
-    def prepare(self, clip: Clip) -> Clip:
-        """Add to a copy of the CLIP what the recipe needs besides its weights."""
+    def prepare(self, clip: Clip, classes: Classes) -> Clip:
+        """Add to a copy of the CLIP what the recipe needs besides its weights: prompts, a transform of its texts."""
         return clip
 
     def learns(self, name: str) -> bool:
-        """Whether a weight of the network is trained."""
+        """Whether a weight of the network is trained, or of the transform of its texts."""
         if name == "logit_scale":
             return self.logit_scale != "frozen"
-        if name in LEARNED:
+        if name in LEARNED or name.startswith(OF_TEXTS):
             return self.trains == "prompt"
         return name != "logit_bias" and self.trains in ("both", "image" if name.startswith("visual.") else "text")
 
@@ -181,7 +182,7 @@ class AdvPT(TeCoA):
     attack: InnerAttack = InnerAttack(objective="features", start="one-sided", keep="best")
     vectors: int = 8
 
-    def prepare(self, clip: Clip) -> Clip:
+    def prepare(self, clip: Clip, classes: Classes) -> Clip:
         """Add the context."""
         return add_context(clip, self.vectors, self.seed)
 
@@ -193,7 +194,7 @@ class VP(TeCoA):
     trains: str = "prompt"
     width: int = 4
 
-    def prepare(self, clip: Clip) -> Clip:
+    def prepare(self, clip: Clip, classes: Classes) -> Clip:
         """Add the frame."""
         return add_frame(clip, self.width, self.seed)
 
