@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from functools import lru_cache
 from typing import Any
 
 import numpy as np

@@ -1,12 +1,14 @@
 """The inner attack: what the pictures of an update become before the weights learn from them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.attacks.base import NORMS, frozen
+from robustclip.attacks.ascent import STARTS, FixedSteps, Objective, ascend
+from robustclip.attacks.base import frozen
 from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.component import component
 from robustclip.fast import fast
@@ -39,7 +41,6 @@ def embedding_distance(batch: Batch, clip: Clip) -> Loss:
 OBJECTIVES: dict[str, Callable[[Batch, Clip], Loss]] = {
     "cross-entropy": cross_entropy, "features": feature_distance, "embeddings": embedding_distance,
 }  # fmt: skip
-STARTS = {"two-sided": 2.0, "one-sided": 1.25}  # and the default length of all steps together, in eps
 MODELS = ("tuned", "original")
 KEEPS = ("last", "best")
 
@@ -62,7 +63,7 @@ class InnerAttack:
     objective: str | Callable[[Batch, Clip], Loss] = "cross-entropy"
     steps: int = 3
     step_size: float | None = None
-    start: str = "two-sided"
+    start: str = "random"
     momentum: float = 0.0
     keep: str = "last"
     warm_up: float = 0.3
@@ -88,26 +89,16 @@ class InnerAttack:
         batch = batch if self.model == "tuned" else batch.before
         build = self.objective if callable(self.objective) else OBJECTIVES[self.objective]
         if self.leak:
-            return self._climb(batch, lambda points: _leaking(build(batch, batch.clip)(points), points))
+            return self._climb(batch, lambda points, _: (build(batch, batch.clip)(points), None), slope=_leaking)
         with frozen(batch.clip):
             loss = build(batch, fast(batch.clip, self.precision))
-            return self._climb(batch, lambda points: _looked(loss(points), points))
+            return self._climb(batch, lambda points, _: (loss(points), None))
 
-    def _climb(self, batch: Batch, look: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        """Steps up the slope from the start, always inside the ball and the pixel range."""
-        linf, images, eps, velocity = NORMS["linf"], batch.images, batch.eps, 0
-        length = STARTS[self.start] * eps / max(1, self.steps) if self.step_size is None else self.step_size
-        points = (images + eps * (batch.noise.abs() if self.start == "one-sided" else batch.noise)).clamp(0, 1)
-        best, highest = points, images.new_full((len(images),), -torch.inf)
-        for step in range(self.steps + (self.keep == "best")):
-            values, slope = look(points.requires_grad_())
-            points, better = points.detach(), values > highest
-            best, highest = torch.where(better[:, None, None, None], points, best), values.maximum(highest)
-            if step == self.steps:
-                return best
-            velocity = linf.ascend(self.momentum * velocity + linf.ascend(slope))
-            points = (images + linf.project(points + length * velocity - images, eps)).clamp(0, 1)
-        return points
+    def _climb(self, batch: Batch, objective: Objective, **how: Any) -> Tensor:
+        length = (1.25 if self.start == "one-sided" else 2) * batch.eps / max(1, self.steps)
+        stepper = FixedSteps(length if self.step_size is None else self.step_size, self.momentum)
+        return ascend(objective, batch.images, eps=batch.eps, steps=self.steps, stepper=stepper, start=self.start,
+                      noise=batch.noise, keep=self.keep, **how).images  # fmt: skip
 
     def eps_at(self, eps: float, update: int, updates: int) -> float:
         """The budget of an update."""
@@ -118,12 +109,7 @@ class InnerAttack:
         return self.steps + (self.keep == "best") + (self.objective != "cross-entropy"), self.steps
 
 
-def _looked(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """The values, and their slope in the pixels."""
-    return values.detach(), torch.autograd.grad(values.sum(), points)[0]
-
-
-def _leaking(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_looked`, and the gradients in the weights stay."""
-    values.mean().backward()
-    return values.detach(), points.grad
+def _leaking(loss: Tensor, points: Tensor) -> Tensor:
+    """The slope of the mean; the gradients in the weights stay."""
+    loss.mean().backward()
+    return points.grad
