@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip.component import component
 from robustclip.data.sources import load_samples
+from robustclip.models import _counted
 
 
 @cache
@@ -27,6 +29,7 @@ class FakeClip(nn.Module):
         self.digest = f"fake-{shift}"
 
     def encode_images(self, images: Tensor) -> Tensor:
+        images = _counted(images)
         return F.normalize(F.adaptive_avg_pool2d(images, 8).flatten(1) - 0.5 + self.shift, dim=-1)
 
     def encode_texts(self, texts) -> Tensor:
@@ -47,6 +50,16 @@ class Step:
         images = images.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(classifier(images), labels), images)
         return (images.detach() + self.eps * gradient.sign() + 1e-3 * self.seed).clamp(0, 1)
+
+
+@component
+class Paste:
+    """An attack that puts a patch over the image."""
+
+    patch: Tensor
+
+    def __call__(self, classifier, images: Tensor, labels: Tensor) -> Tensor:
+        return self.patch.expand_as(images).clone()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
 """Scales, attacks by name, cells and grids."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from robustclip.defenses.base import as_defense
+from robustclip.defenses.broken import Noisy
 
 from robustclip import _torchvision
 from robustclip.attacks import (
@@ -15,13 +17,15 @@ from robustclip.attacks import (
     PGD,
     AutoAttack,
     BertAttack,
+    Fast,
     FromTorchattacks,
     SepAttack,
     UniformNoise,
 )  # fmt: skip
+from robustclip.classes import Classes
 from robustclip.data.roles import role_names
-from robustclip.study import grid, parse_eps, scale, scale_names
-from study_fakes import Darken, FakeClip, Step
+from robustclip.study import Cell, grid, parse_eps, scale, scale_names
+from study_fakes import Darken, FakeClip, Paste, Step
 
 SMALL = """
 source = "tinyworld"
@@ -154,6 +158,10 @@ def test_a_scale_of_ones_own(small, monkeypatch):
         ("images = 30", "images = 0", "images of scale small=0"),
         ("dtd = 12", "dtd = -1", "dtd of scale small=-1"),
         ('"PGD-100" = 3', '"PGD-100" = 0', "PGD-100 of scale small=0"),
+        ('"PGD-100" = 3', '"PGD100" = 3', "unknown attack 'PGD100'"),
+        ("dtd = 12", "pets = 12", "unknown role in role_images of scale small 'pets'"),
+        ("recompute_stale = true", 'recompute_stale = "no"', "recompute_stale='no' .*write true or false"),
+        ("images = 30", 'images = 30\nprecision = "float8"', "unknown precision 'float8'"),
         ('"dtd"]', '"moon"]', "unknown role 'moon'"),
         ("[models]", "[models", "not valid TOML"),
     ],
@@ -196,7 +204,7 @@ def test_a_grid_has_all_combinations_and_repeats_nothing_clean(small):
 
 def test_seeds_reach_attacks_and_budgets_stay_unless_replaced():
     cells = grid("quick", roles=["cifar10"], attacks={"Step": Step(eps=0.2)}, seeds=[5, 6])
-    assert [cell.attack for cell in cells] == [Step(eps=0.2, seed=5), Step(eps=0.2, seed=6)]
+    assert [cell.attack.inner for cell in cells] == [Step(eps=0.2, seed=5), Step(eps=0.2, seed=6)]
     assert "Step(eps=0.2, seed=5)" in cells[0].describe()["played_by"]
 
 
@@ -207,8 +215,10 @@ def test_every_role_with_classes_by_default():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"roles": ["cifar11"]}, "unknown role at scale quick 'cifar11'.*cifar10"),
-        ({"roles": ["coco"]}, "unknown role at scale quick 'coco'"),
+        ({"roles": ["cifar11"]}, "unknown role to classify at scale quick 'cifar11'.*cifar10"),
+        ({"roles": ["coco"]}, "unknown role to classify at scale quick 'coco'"),
+        ({"task": "retrieve"}, "unknown role to retrieve at scale quick 'cifar10'.*coco"),
+        ({"task": "guess"}, "unknown task 'guess'"),
         ({"models": ["clap"]}, "unknown model at scale quick 'clap'.*clip"),
         ({"attacks": ["PDG"]}, "unknown attack 'PDG'"),
         ({"attackers": ["psychic"]}, "unknown attacker 'psychic'.*blind, aware"),
@@ -235,25 +245,31 @@ def test_an_attack_must_show_its_settings():
         grid("quick", roles=["cifar10"], attacks={"secret": Secret()})
 
 
+STAR, MOON = (Classes(("one",), (prompt,)) for prompt in ("a star", "a moon"))
+
+
 def test_a_key_changes_with_everything_that_matters_and_nothing_else():
     cell, other = grid("quick", {"a": None, "b": None}, ["cifar10"], ["PGD-10"], [Darken()])
-    key = cell.key("weights", "pixels", ["a star"])
-    assert key == other.key("weights", "pixels", ["a star"])  # a model's name is not the model
+    key = cell.key("weights", "pixels", STAR, {})
+    assert key == other.key("weights", "pixels", STAR, {})  # a model's name is not the model
+    assert key == replace(cell, scale=scale("full")).key("weights", "pixels", STAR, {})  # nor the scale what it says
     changed = [
-        cell.key("other", "pixels", ["a star"]),
-        cell.key("weights", "other", ["a star"]),
-        cell.key("weights", "pixels", ["a moon"]),
+        cell.key("other", "pixels", STAR, {}),
+        cell.key("weights", "other", STAR, {}),
+        cell.key("weights", "pixels", MOON, {}),
+        cell.key("weights", "pixels", Classes(("two",), ("a star",)), {}),
+        cell.key("weights", "pixels", Classes(("one",), ("a star",), (("bright",),)), {}),
         *(
-            replace(cell, **{name: value}).key("weights", "pixels", ["a star"])
+            replace(cell, **{name: value}).key("weights", "pixels", STAR, {})
             for name, value in [
-                ("scale", scale("full")),
                 ("role", "dtd"),
+                ("task", "retrieve"),
                 ("attack", None),
                 ("attack", replace(cell.attack, steps=11)),
                 ("attack", replace(cell.attack, eps=0.5)),
                 ("attacker", "aware"),
                 ("defense", None),
-                ("defense", Darken(factor=0.1)),
+                ("defense", as_defense(Darken(factor=0.1))),
                 ("n", 7),
                 ("seed", 1),
             ]
@@ -262,6 +278,63 @@ def test_a_key_changes_with_everything_that_matters_and_nothing_else():
     assert len({key, *changed}) == len(changed) + 1
 
 
+def test_a_changed_default_changes_the_key(monkeypatch):
+    (cell,) = grid("quick", roles=["cifar10"], attacks={"PGD": PGD(eps=0.1)})
+    before = cell.key("w", "d", STAR, {})
+    changed = make_dataclass("PGD", [("steps", int, 21)], bases=(PGD,), frozen=True, kw_only=True)
+    assert replace(cell, attack=changed(eps=0.1)).key("w", "d", STAR, {}) != before
+
+
+def test_auto_is_resolved_before_it_enters_a_key():
+    (cell,) = grid("quick", roles=["cifar10"], attacks=["BERT-Attack"])
+    named = replace(cell, attack=replace(cell.attack, language_model="tinyworld-mlm"))
+    resolve = {"language_model": lambda name: {"auto": "a digest", "tinyworld-mlm": "a digest"}[name]}
+    assert cell.key("w", "d", STAR, resolve) == named.key("w", "d", STAR, resolve)
+    assert cell.key("w", "d", STAR, {"language_model": lambda name: "other"}) != cell.key("w", "d", STAR, resolve)
+
+
+def test_patches_that_print_alike_are_different_cells():
+    patches = torch.zeros(2, 3, 32, 32)
+    patches[1, 0, 16, 16] = 1
+    first, second = grid("quick", roles=["cifar10"], attacks={str(k): Paste(patch=patches[k]) for k in (0, 1)})
+    assert repr(first.attack) == repr(second.attack)
+    assert first.key("w", "d", STAR, {}) != second.key("w", "d", STAR, {})
+
+
 def test_without_a_defense_both_attackers_are_one_cell():
     blind, aware = grid("quick", roles=["cifar10"], attacks=["FGSM"], attackers=["blind", "aware"])
-    assert blind.key("w", "d", ["p"]) == aware.key("w", "d", ["p"])
+    assert blind.key("w", "d", STAR, {}) == aware.key("w", "d", STAR, {})
+
+
+def test_a_cell_is_made_again_from_json(small):
+    import json
+
+    cells = grid(small, roles=["cifar10"], attacks=["clean", "PGD-100+BERT-Attack", "AutoAttack"], defenses=[Noisy()])
+    for cell in cells:
+        assert Cell.again(json.loads(json.dumps(cell.made_by()))) == cell
+
+
+def test_cells_of_loaded_models_and_of_scripts_cannot_be_made_again():
+    (loaded,) = grid("quick", {"fake": FakeClip()}, ["cifar10"], ["clean"])
+    (patch,) = grid("quick", roles=["cifar10"], attacks={"patch": Paste(patch=torch.zeros(2))})
+    assert loaded.made_by() is patch.made_by() is None
+
+
+def test_the_precision_of_a_scale_is_that_of_its_attacks(tmp_path):
+    path = tmp_path / "half.toml"
+    path.write_text('precision = "bfloat16"\n' + SMALL)
+    clean, image, both, text = grid(
+        str(path), roles=["dtd"], attacks=["clean", "FGSM", "PGD-10+BERT-Attack", "BERT-Attack"]
+    )
+    assert clean.attack is None
+    assert image.attack == Fast(attack=FGSM(eps=4 / 255))
+    assert both.attack.image.inner == PGD(eps=4 / 255, steps=10)
+    assert both.attack != scale(str(path)).attack("PGD-10+BERT-Attack")
+    assert text.attack == scale(str(path)).attack("BERT-Attack")
+
+
+def test_sizes_of_tables_are_those_of_the_scale_unless_said(tmp_path):
+    path = tmp_path / "sized.toml"
+    path.write_text(SMALL + "[sizes]\n'mmcoa/I' = 7\n")
+    chosen = scale(str(path))
+    assert [chosen.size("mmcoa/I"), chosen.size("mmcoa/I", 3), chosen.size("mmcoa/II")] == [7, 3, 30]

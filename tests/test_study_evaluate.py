@@ -1,20 +1,39 @@
 """Evaluation: right numbers, right costs, resume, staleness, plans."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from robustclip.attacks import APGD, FGSM, PGD, AutoAttack, Square, UniformNoise
+from robustclip.component import component
 from robustclip.data.sources import load_samples
+from robustclip.defenses.base import Defense
 from robustclip.models import ZeroShotClassifier
-from robustclip.study import Store, evaluate, export, grid, outcomes, plan, reference, scale, store
-from robustclip.study.bench import CountingClip
+from robustclip.study import (
+    Store,
+    artifact,
+    confirm,
+    evaluate,
+    export,
+    grid,
+    is_stale,
+    outcomes,
+    plan,
+    provenance,
+    reference,
+    reproduce,
+    scale,
+)
+from robustclip.study.shipped import shipped_records
+from robustclip.study.store import signed
 from study_fakes import Darken, FakeClip, Guess, Step
 
 MEASURED = ["role", "attack", "attacker", "defense", "accuracy", "low", "high", "forward", "backward", "key"]
@@ -55,7 +74,7 @@ def test_undefended_blind_and_aware_are_measured_once(tmp_path):
     results = evaluate(cells(attacks={"Step": Step()}, attackers=["blind", "aware"]), tmp_path)
     assert results["attacker"].tolist() == ["blind", "aware"]
     assert results["key"].nunique() == 1
-    assert len(list((tmp_path / "quick").iterdir())) == 1
+    assert len(list((tmp_path / "quick").glob("*.json"))) == 1
 
 
 def test_rows_come_in_the_order_of_the_cells(tmp_path):
@@ -73,7 +92,10 @@ def test_a_second_call_reads_the_store_and_computes_nothing(tmp_path):
         def encode_images(self, images):
             raise AssertionError("should not be called")
 
-    pd.testing.assert_frame_equal(first, evaluate(cells({"fake": Broken()}), Store(tmp_path)))
+    again = evaluate(cells({"fake": Broken()}), Store(tmp_path))
+    assert set(first["origin"]) == {"measured"}
+    assert set(again["origin"]) == {"stored"}
+    pd.testing.assert_frame_equal(first.drop(columns="origin"), again.drop(columns="origin"))
 
 
 def test_passes_are_counted_and_the_model_is_untouched(tmp_path):
@@ -116,13 +138,30 @@ def test_planned_passes_are_those_of_a_model_that_never_breaks(tmp_path):
     assert planned["backward"].tolist() == measured["backward"].tolist()
 
 
-def test_the_counting_clip_is_otherwise_the_same():
-    clip, images = FakeClip(), torch.rand(3, 3, 32, 32)
-    counting = CountingClip(clip)
-    assert torch.equal(counting.encode_images(images), clip.encode_images(images))
-    assert counting.digest == clip.digest
-    with pytest.raises(AttributeError, match="nonsense"):
-        counting.nonsense  # noqa: B018
+def test_passes_of_an_aware_attack_are_planned_with_those_of_the_defense(tmp_path):
+    @component
+    class Views(Defense):
+        """Two views of each image."""
+
+        def logits(self, classifier, images, draw):
+            return classifier(images) + classifier(images.flip(3))
+
+        def passes(self, classes):
+            return 2, 0
+
+    class Steady(FakeClip):
+        """Always the right class."""
+
+        def encode_images(self, images):
+            return super().encode_images(images) * 0 + self.answer
+
+    samples, clip = load_samples("cifar10", n=1), Steady()
+    clip.answer = clip.encode_texts(samples.prompts)[samples.labels]
+    attacks = {"PGD": PGD(eps=0.1, steps=3), "Square": Square(eps=0.1, queries=4)}
+    wanted = cells({"steady": clip}, attacks, n=1, defenses={"views": Views()}, attackers=["blind", "aware"])
+    planned, measured = plan(wanted, tmp_path), evaluate(wanted, tmp_path)
+    assert planned[["forward", "backward"]].values.tolist() == measured[["forward", "backward"]].values.tolist()
+    assert planned["forward"].nunique() > 2
 
 
 def test_blind_images_are_made_once_for_all_defenses(tmp_path):
@@ -173,7 +212,7 @@ def test_what_goes_wrong_is_named_and_finished_cells_are_kept(tmp_path, wrong, m
     done = evaluate(cells(attacks={"clean": None}), tmp_path)
     with pytest.raises((ValueError, OSError), match=message):
         evaluate([*cells(attacks={"clean": None}), *cells(**wrong)], tmp_path)
-    pd.testing.assert_frame_equal(done, evaluate(cells(attacks={"clean": None}), tmp_path))
+    assert done["accuracy"].equals(evaluate(cells(attacks={"clean": None}), tmp_path)["accuracy"])
 
 
 def test_bad_arguments(tmp_path):
@@ -182,12 +221,12 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="device"):
         evaluate(cells(), tmp_path, device="abacus")
     with pytest.raises(FileNotFoundError, match="no result 'abc'"):
-        outcomes({"scale": "quick", "key": "abc"}, tmp_path)
+        outcomes({"scale": "quick", "key": "abc", "metric": "accuracy"}, tmp_path)
 
 
 def test_a_corrupt_result_stops_the_run_and_stays(tmp_path):
     evaluate(cells(), tmp_path)
-    path = next((tmp_path / "quick").iterdir())
+    path = next((tmp_path / "quick").glob("*.json"))
     path.write_text("{")
     with pytest.raises(OSError, match=path.name):
         evaluate(cells(), tmp_path)
@@ -196,16 +235,28 @@ def test_a_corrupt_result_stops_the_run_and_stays(tmp_path):
 
 @pytest.mark.parametrize(("name", "again"), [("quick", True), ("full", False)])
 def test_stale_results_are_measured_again_at_quick_and_marked_at_full(tmp_path, monkeypatch, name, again):
-    wanted = grid(name, {"fake": FakeClip()}, ["cifar10"], ["clean"], n=5)
-    engine = sys.modules["robustclip.study.evaluate"]
-    monkeypatch.setattr(engine, "code_digest", lambda: "0ld")
-    (old,) = evaluate(wanted, tmp_path)["code"]
-    monkeypatch.setattr(engine, "code_digest", store.code_digest)
-    assert old == "0ld" != store.code_digest()
+    wanted = grid(name, {"fake": FakeClip()}, ["cifar10"], {"PGD": PGD(eps=0.1, steps=2)}, n=5)
+    assert not evaluate(wanted, tmp_path)["stale"].any()
+    own = provenance.digest
+    monkeypatch.setattr(provenance, "digest", lambda module, name: "new" if name == "PGD" else own(module, name))
     result = evaluate(wanted, tmp_path).loc[0]
-    assert (result["code"] == store.code_digest()) == again
-    assert result["stale"] != again
+    assert (result["origin"], result["stale"]) == (("measured", False) if again else ("stored", True))
     assert scale(name).recompute_stale == again
+
+
+def test_a_component_of_ones_own_that_changed_under_the_same_repr_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "from robustclip.component import component\n\n@component\nclass Mine:\n    eps: float = 0.1\n\n"
+    text += (
+        "    def __call__(self, classifier, images, labels):\n        return (images + self.eps * SIGN).clamp(0, 1)\n"
+    )
+    rows = []
+    for name, sign in (("mine_one", 1), ("mine_two", -1)):
+        (tmp_path / f"{name}.py").write_text(text.replace("SIGN", str(sign)))
+        attack = importlib.import_module(name).Mine()
+        rows.append(evaluate(cells(attacks={"mine": attack}), tmp_path / "runs").iloc[0])
+    assert rows[0]["key"] == rows[1]["key"]
+    assert rows[1]["origin"] == "measured"
 
 
 def test_a_batch_size_changes_no_outcome(tmp_path):
@@ -220,7 +271,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from robustclip.study import evaluate
-from robustclip.study.store import Entry
+from robustclip.study.store import CellFiles
 from test_study_evaluate import killed_grid, Step
 
 def die(*arguments):
@@ -233,18 +284,18 @@ def after(number, work):  # work, but die in its call of that number
         return die() if len(calls) == number else work(*arguments, **options)
     return counted
 
-def half_a_line(entry, batch):
-    with entry.part.open("a") as file:
+def half_a_line(cell, batch):
+    with cell.part.open("a") as file:
         file.write(json.dumps(batch)[:40])
         file.flush()
     die()
 
 def arm(moment):
-    append = Entry.append
+    append = CellFiles.append
     if moment == "attack":
         Step.__call__ = after(6, Step.__call__)
     elif moment == "line":
-        Entry.append = lambda entry, batch: half_a_line(entry, batch) if batch["start"] == 8 else append(entry, batch)
+        CellFiles.append = lambda cell, batch: half_a_line(cell, batch) if batch["start"] == 8 else append(cell, batch)
     elif moment == "rename":
         Path.replace = after(4, Path.replace)
     else:
@@ -273,12 +324,12 @@ def test_a_grid_killed_at_any_moment_goes_on_to_the_same_results(tmp_path):
     assert done.returncode == 0, done.stderr
     undisturbed = evaluate(killed_grid(), tmp_path / "undisturbed", batch_size=4)
     for moment in MOMENTS:
-        left = Store(tmp_path / moment).status()
+        left = Store(tmp_path / moment).status(is_stale)
         assert 0 < len(left) < len(undisturbed), moment
         assert "corrupt" not in set(left["state"]), moment
         again = evaluate(killed_grid(), tmp_path / moment, batch_size=4)
         assert again[MEASURED].equals(undisturbed[MEASURED]), moment
-        assert set(Store(tmp_path / moment).status()["state"]) == {"done"}, moment
+        assert set(Store(tmp_path / moment).status(is_stale)["state"]) == {"done"}, moment
 
 
 def test_a_killed_cell_loses_at_most_the_batch_it_was_in(tmp_path, monkeypatch):
@@ -292,36 +343,149 @@ def test_a_killed_cell_loses_at_most_the_batch_it_was_in(tmp_path, monkeypatch):
     monkeypatch.setattr(Step, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(wanted, tmp_path, batch_size=4)
-    assert Store(tmp_path).status()[["state", "done"]].to_numpy().tolist() == [["partial", 8]]
+    assert Store(tmp_path).status(is_stale)[["state", "done"]].to_numpy().tolist() == [["partial", 8]]
     evaluate(wanted, tmp_path, batch_size=5)
     assert seen[3:] == [5, 1]
 
 
-def test_export_is_tidy_has_provenance_and_reads_back_exactly(tmp_path):
-    wanted = cells(roles=["cifar10", "dtd"], n=9)
-    results = evaluate(wanted, tmp_path / "runs")
-    written = export("quick", tmp_path / "runs", tmp_path / "results")
-    assert [path.name for path in written] == ["cifar10.csv", "dtd.csv"]
-    before = [path.read_bytes() for path in written]
-    again = export("quick", tmp_path / "runs", tmp_path / "results")
-    assert before == [path.read_bytes() for path in again]
-    back = reference("quick", tmp_path / "results").set_index("key")
-    columns = ["role", "attack", "eps", "accuracy", "low", "high", "checkpoint", "code", "device", "date"]
-    expected = results.set_index("key").loc[back.index, columns]
-    assert back[columns].to_dict("records") == expected.to_dict("records")
-    assert export("full", tmp_path / "runs", tmp_path / "results") == []
-    with pytest.raises(FileNotFoundError, match="robustclip export --scale full"):
-        reference("full", tmp_path / "results")
+@pytest.fixture
+def shipping(tmp_path, monkeypatch):
+    """A folder to ship to, and how to measure and ship."""
+    folder = tmp_path / "results"
+    monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(folder))
+
+    def ship(wanted, store="runs", **options):
+        results = evaluate(wanted, tmp_path / store)
+        return results, export(wanted[0].scale.name, [tmp_path / store], folder, **options)
+
+    return ship
+
+
+def real(**options):
+    attacks = {"clean": None, "PGD": PGD(eps=0.02, steps=2)}
+    return grid("quick", roles=["cifar10"], attacks=attacks, **{"n": 9} | options)
+
+
+def test_what_is_shipped_is_read_after_the_store_with_every_answer(tmp_path, shipping):
+    results, written = shipping(real())
+    assert written.set_index("what")["count"][["cells", "models"]].tolist() == [2, 0]
+    again = evaluate(real(), tmp_path / "empty")
+    assert set(again["origin"]) == {"shipped"}
+    assert not list((tmp_path / "empty").rglob("*.json"))
+    pd.testing.assert_frame_equal(results.drop(columns="origin"), again.drop(columns="origin"))
+    for _, row in again.iterrows():
+        assert outcomes(row, tmp_path / "empty").tolist() == outcomes(row, tmp_path / "runs").tolist()
+    pd.testing.assert_frame_equal(reference("quick")[MEASURED].sort_values("key", ignore_index=True),
+                                  results[MEASURED].sort_values("key", ignore_index=True))  # fmt: skip
+    assert reference("full").empty
+
+
+def test_fresh_ignores_what_is_shipped(tmp_path, shipping, monkeypatch):
+    shipping(real())
+    monkeypatch.setenv("ROBUSTCLIP_FRESH", "1")
+    assert set(evaluate(real(), tmp_path / "empty")["origin"]) == {"measured"}
+
+
+def test_stores_of_several_machines_are_merged_and_the_newest_record_counts(tmp_path, shipping):
+    shipping(real(n=5), "one")
+    _, written = shipping(real(n=6), "two")
+    assert written["count"][0] == 4
+    _, written = shipping(real(n=6), "two", fresh=True)
+    assert written["count"][0] == 2
+    before = (tmp_path / "results/quick/cells.parquet").read_bytes()
+    shipping(real(n=6), "two", fresh=True)
+    assert before == (tmp_path / "results/quick/cells.parquet").read_bytes()
+
+
+def test_nothing_to_export_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing to export of scale 'quick'.*measure some cells"):
+        export("quick", [tmp_path / "none"], tmp_path / "results")
+
+
+def test_a_damaged_shipped_file_is_noticed(tmp_path, shipping):
+    from robustclip.study import shipped
+
+    shipping(real())
+    records = [dict(record) for record in shipped_records("quick")]
+    records[0]["answers"] = {name: [1 - one for one in part] for name, part in records[0]["answers"].items()}
+    shipped.write_cells(tmp_path / "results/quick", records)
+    with pytest.raises(OSError, match=r"is damaged.*restore it"):
+        evaluate(real(), tmp_path / "empty")
+
+
+def test_shipped_cells_measured_again_are_compared_answer_by_answer(tmp_path, shipping):
+    from robustclip.study import shipped
+
+    shipping(real())
+    assert reproduce("quick", store=tmp_path / "again")["flips"].tolist() == [0, 0]
+    records = [dict(record) for record in shipped_records("quick")]
+    records[0]["answers"] = {name: [1 - one for one in part] for name, part in records[0]["answers"].items()}
+    shipped.write_cells(tmp_path / "results/quick", map(signed, records))
+    assert sorted(reproduce("quick", store=tmp_path / "again")["flips"].gt(0)) == [False, True]
+    assert len(reproduce("quick", (2, 2), tmp_path / "again")) == len(reproduce("quick", (1, 1), count=1)) == 1
+
+
+def test_a_harmless_change_is_confirmed_and_a_flip_is_not(tmp_path, shipping, monkeypatch):
+    shipping(real())
+    own, component = provenance.digest, "robustclip.attacks.gradient:PGD"
+    monkeypatch.setattr(provenance, "digest", lambda module, name: "new" if name == "PGD" else own(module, name))
+    assert sorted(map(is_stale, shipped_records("quick"))) == [False, True]
+    found = confirm("quick", tmp_path / "again")
+    assert found[["component", "new", "cells", "flips", "confirmed"]].values.tolist() == [
+        [component, "new", 1, 0, True]
+    ]
+    assert not any(map(is_stale, shipped_records("quick")))
+    assert not evaluate(real(), tmp_path / "empty")["stale"].any()
+
+    monkeypatch.setattr(provenance, "digest", lambda module, name: "newer" if name == "PGD" else own(module, name))
+    perturb = PGD.perturb
+    monkeypatch.setattr(PGD, "perturb", lambda *arguments: 1 - perturb(*arguments))
+    found = confirm("quick", tmp_path / "again")
+    assert found["confirmed"].tolist() == [False]
+    assert sorted(map(is_stale, shipped_records("quick"))) == [False, True]
+
+
+def test_cells_can_be_named_where_the_data_is_not(tmp_path, shipping, monkeypatch):
+    shipping(real())
+
+    def gone(*arguments, **options):
+        raise FileNotFoundError("no data here")
+
+    monkeypatch.setattr(sys.modules["robustclip.study.bench"], "facts", gone)
+    monkeypatch.setattr(sys.modules["robustclip.study.bench"], "load_samples", gone)
+    assert set(evaluate(real(), tmp_path / "empty")["origin"]) == {"shipped"}
+    with pytest.raises(FileNotFoundError, match="no data here"):
+        evaluate(real(n=8), tmp_path / "empty")
+
+
+def test_arrays_are_computed_once_and_shipped(tmp_path, shipping):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
+
+    options = {"parts": [PGD(eps=0.1)], "compute": compute}
+    for store in ("runs", "runs"):
+        found = artifact(scale("quick"), "figure", store=tmp_path / store, **options)
+    shipping(real())
+    again = artifact(scale("quick"), "figure", store=tmp_path / "empty", **options)
+    assert len(calls) == 1
+    assert np.array_equal(found["a"], again["a"])
+    artifact(scale("quick"), "figure", [PGD(eps=0.2)], compute, store=tmp_path / "empty")
+    assert len(calls) == 2
 
 
 def test_a_record_holds_everything_needed_to_trust_it(tmp_path):
     (row,) = evaluate(cells(attacks={"Step": Step()}), tmp_path).to_dict("records")
     record = json.loads((tmp_path / "quick" / f"{row['key']}.json").read_text())
-    needed = {"cell", "correct", "predicted", "checkpoint", "data", "prompts", "code", "commit", "versions", "device"}
+    needed = {"cell", "answers", "checkpoint", "data", "classes", "provenance", "commit", "versions", "device"}
     assert needed <= set(record)
-    assert len(record["correct"]) == len(record["predicted"]) == 30
-    assert record["cell"]["played_by"] == "Step(eps=0.05, seed=0)"
+    assert len(record["answers"]["right"]) == len(record["answers"]["predicted"]) == 30
+    assert "Step(eps=0.05, seed=0)" in record["cell"]["played_by"]
     assert record["checkpoint"] == "fake-0.0"
+    assert {"own:Step", "own:FakeClip"} & set(record["provenance"])
+    assert "robustclip.models:ZeroShotClassifier" in record["provenance"]
 
 
 def test_plan_knows_speed_from_trying_then_from_records(tmp_path):

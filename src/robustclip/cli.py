@@ -1,15 +1,12 @@
-"""The command line: measure cells, plan them, re-execute the book, look into the store.
+"""The command line: measure cells, plan them, ship results and measure them again, look into the store.
 
 Nothing heavy is imported before a command needs it, so `--help` answers at once. Exit codes: 0 done, 1 something failed
 on the way (what was finished is kept), 2 the command itself was wrong.
 """
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,10 +64,16 @@ def _select(scale: str, models: Sequence[str], shard: str, device: str, **option
     specs = {name: chosen.model(name) if name in chosen.models else name for name in models}
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     cells = study.grid(chosen, specs, **given)
+    part, parts = _shard(shard, len(cells))
+    return cells[part - 1 :: parts]
+
+
+def _shard(shard: str, most: int = 10_000) -> tuple[int, int]:
+    """Part i of n from "i/n"."""
     part, _, parts = shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) <= len(cells)):
-        raise ValueError(f"shard={shard!r} is not allowed; write i/n with 1 <= i <= n <= {len(cells)}, like 2/4")
-    return cells[int(part) - 1 :: int(parts)]
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) <= most):
+        raise ValueError(f"shard={shard!r} is not allowed; write i/n with 1 <= i <= n <= {most}, like 2/4")
+    return int(part), int(parts)
 
 
 def _show(frame: "pd.DataFrame", columns: Sequence[str], as_json: bool) -> None:
@@ -110,7 +113,11 @@ def run(
 
     with _exit_code(1):
         results = evaluate(cells, store, device, batch_size, audit)
-    _show(results, (*CELL, "accuracy", "low", "high", "flags", "source", "stale"), as_json)
+    _show(
+        results,
+        (*CELL, "played_by", "metric", "accuracy", "low", "high", "flags", "source", "origin", "stale"),
+        as_json,
+    )
 
 
 @app.command()
@@ -208,6 +215,7 @@ def plan(
         with _exit_code(2):
             costs = study.plan_training(scale, recipe, role or ["cifar10"])
         text = costs.to_string(index=False, na_rep="?", float_format="{:,.0f}".format)
+        text += f"\n\n{len(costs)} trainings, {costs['seconds'].sum() / 3600:.2g} hours"
         typer.echo(json.dumps(_records(costs), indent=1) if as_json else text)
         return
     with _exit_code(2):
@@ -223,69 +231,133 @@ def plan(
         known, unknown = ", ".join(costs["estimate"].unique()), costs["megabytes"].isna().sum()
         typer.echo(f"\n{len(costs)} cells, {forward:,.0f} image passes forward and {backward:,.0f} backward,")
         typer.echo(f"{seconds / 3600:.2g} hours (speed {known}), {megabytes / 1e3:.3g} GB to download", nl=False)
-        typer.echo(f" and {unknown} sets of unknown size" * bool(unknown))
+        typer.echo(f" and {unknown} sets of unknown size." if unknown else ".")
 
 
 @app.command()
 def export(
-    scale: Scale = "full",
-    store: Folder = None,
-    out: Annotated[Path, typer.Option(help="Folder for the CSV files, one folder per scale in it.")] = Path("results"),
+    scale: Scale = "quick",
+    store: Annotated[
+        list[Path] | None, typer.Option(help="Folders of results, merged [default: one, as usual].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder with one folder per scale [default: what is shipped].")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what is shipped so far.")] = False,
 ) -> None:
-    """Write everything the store holds for a scale as CSV files with provenance, one per role."""
+    """Write what stores hold of a scale to the results that travel with the package.
+
+    \b
+    robustclip export --scale full
+    robustclip export --scale full --store runs --store /from/another/machine/runs
+    """
     from robustclip import study
 
     with _exit_code(1):
-        typer.echo("\n".join(map(str, study.export(scale, store, out))))
+        written = study.export(_name(scale), store or [None], out, fresh)
+        for corrupt in _corrupt(store or [None]):
+            typer.echo(f"left out: {corrupt}", err=True)
+    typer.echo(written.to_string(index=False))
 
 
 @app.command()
 def reproduce(
-    scale: Scale = "full",
-    notebook: Annotated[str, typer.Option(help="Only notebooks whose path matches, like '*mmcoa*'.")] = "*",
-    force: Annotated[bool, typer.Option("--force", help="Run also notebooks that have not changed.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where executed notebooks go [default: _build/SCALE].")] = None,
-) -> None:
-    """Run the notebooks of the book at a scale and export what they measured to results/SCALE.
+    scale: Scale = "full", shard: Shard = "1/1", store: Folder = None, device: Device = "auto",
+    sample: Annotated[int | None, typer.Option(min=1, help="Only so many cells, by lot.")] = None,
+    as_json: Machine = False,
+) -> None:  # fmt: skip
+    """Measure exactly the shipped cells of a scale again and compare every answer; exit code 1 if one differs.
 
-    Give it in a clone of the repository. What an earlier call finished, notebooks and cells, is not done again.
+    Results go to the store: a run that was stopped goes on where it was. `export` then ships the new ones.
 
     \b
     robustclip reproduce --scale full
-    robustclip reproduce --scale quick --notebook '*foundations*'
+    robustclip reproduce --scale full --shard 1/2 & robustclip reproduce --scale full --shard 2/2
     """
     from robustclip import study
 
     with _exit_code(2):
-        study.scale(scale)
-        if not Path("tools/execute.py").is_file():
-            raise ValueError(f"no book in {str(Path.cwd())!r}; change to the folder of a clone of the repository")
-    sys.path.insert(0, str(Path("tools").resolve()))
-    execute = importlib.import_module("execute")
-    jobs = execute.plan((out or Path("_build") / Path(scale).stem).resolve(), {"scale": scale})
-    jobs = [job for job in jobs if fnmatch(job.name, notebook)]
-    failures = execute.run_all(execute.due(jobs, force))
+        name, parts = _name(scale), _shard(shard)
     with _exit_code(1):
-        tables = len(study.export(Path(scale).stem))
-        typer.echo(f"{len(jobs) - len(failures)} of {len(jobs)} notebooks done, {tables} tables in results")
-        if failures:
-            raise ValueError("\n\n".join(failures))
+        found = study.reproduce(name, parts, store, device, sample)
+    _differ(found, found["flips"], as_json, "cells measured again")
 
 
 @app.command()
-def status(store: Folder = None, as_json: Machine = False) -> None:
-    """List what the store holds: results that are done, stale (of older code), partial or corrupt, and versions."""
+def confirm(scale: Scale = "full", store: Folder = None, device: Device = "auto", as_json: Machine = False) -> None:
+    """After a change of code: measure a sample of the shipped cells it touches; if no answer changed, they stay valid.
+
+    At least three cells for each component that changed, and the first updates of one training per recipe. What was
+    found is kept beside the results. Exit code 1 if an answer changed: then the cells are due again.
+    """
+    from robustclip import study
+
+    with _exit_code(2):
+        name = _name(scale)
+    with _exit_code(1):
+        found = study.confirm(name, store, device)
+    _differ(found, ~found["confirmed"].astype(bool), as_json, "changed components")
+
+
+def _differ(found: "pd.DataFrame", bad: "pd.Series", as_json: bool, what: str) -> None:
+    """Show what was compared; leave with 1 if anything differs."""
+    count = int((bad.isna() | bad.astype(bool)).sum())
+    text = found.to_string(index=False, na_rep="another name") + "\n" if len(found) else ""
+    typer.echo(json.dumps(_records(found), indent=1) if as_json else f"{text}{len(found)} {what}, {count} differ")
+    if count:
+        raise typer.Exit(1)
+
+
+def _name(scale: str) -> str:
+    """The name of a scale that exists."""
+    from robustclip import study
+
+    return study.scale(scale).name
+
+
+def _corrupt(stores: "Sequence[Path | None]") -> list[str]:
+    from robustclip import study
+
+    found = [study.Store(one).status(study.is_stale) for one in stores]
+    return [problem for frame in found for problem in frame["problem"] if problem]
+
+
+@app.command()
+def status(
+    store: Folder = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove temporary files of killed processes.")] = False,
+    as_json: Machine = False,
+) -> None:
+    """List what the store holds: results that are done, stale (of other code), partial or corrupt; and versions."""
     from robustclip import study
 
     found = study.Store(store)
-    files, about = found.status(), {"store": str(found.root), "code": study.code_digest(), **study.versions()}
+    removed = found.clean() if clean else 0
+    files, about = found.status(study.is_stale), {"store": str(found.root), **study.versions()}
     if as_json:
         typer.echo(json.dumps(about | {"files": _records(files)}, indent=1))
         return
     typer.echo("  ".join(f"{name} {value}" for name, value in about.items()))
+    if files.empty:
+        typer.echo("The store is empty; measure something with `robustclip run --role cifar10`.")
     for (scale, state), group in files.groupby(["scale", "state"]):
         typer.echo(f"{scale}: {len(group)} {state}")
-    typer.echo("\n".join(filter(None, files["problem"])))
+    typer.echo("\n".join([*filter(None, files["problem"]), *[f"{removed} leftovers removed"] * bool(removed)]))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"robustclip {version('robustclip')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
+    """Options of all commands."""
 
 
 def main() -> None:

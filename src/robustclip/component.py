@@ -108,9 +108,9 @@ def _described(value: Any, resolve: Resolve, name_of: Callable[[type], str]) -> 
 
 
 def _own_settings(value: Any) -> dict:
-    """The fields of a component, or what another object with a `repr` of its own keeps."""
+    """The fields by which components compare, or what another object with a `repr` of its own keeps."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: getattr(value, entry.name) for entry in fields(value) if entry.init}
+        return {entry.name: getattr(value, entry.name) for entry in fields(value) if entry.init and entry.compare}
     if hasattr(value, "__dict__") and type(value).__repr__ is not object.__repr__:
         return vars(value)
     raise ValueError(f"{value!r} has no settings that tell it from others of its kind; make its class a @component")

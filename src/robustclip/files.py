@@ -17,7 +17,7 @@ TEMPORARY = ".tmp"
 def write_whole(path: Path, content: str | bytes) -> Path:
     """Write `content` so that readers see the old file or the new one, never half of it; returns the path."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = check_folder(path.parent, 1 + 2 * len(data) / 1e6) / f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}"
+    temporary = check_folder(path.parent, max(1, 2 * len(data) / 1e6)) / f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}"
     try:
         with temporary.open("wb") as file:
             file.write(data)

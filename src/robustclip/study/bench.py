@@ -1,8 +1,9 @@
 """The bench of one call to `evaluate`: models, images and adversaries, each made once, and what they cost."""
 
+import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,44 +13,18 @@ from torch import Tensor, nn
 
 from robustclip import models
 from robustclip.attacks.base import Pair, Target
+from robustclip.attacks.language import load_language_model
 from robustclip.checks import check_images, check_labels
 from robustclip.classes import Classes
-from robustclip.data.sources import Samples, load_samples
+from robustclip.component import identity
+from robustclip.data.sources import Samples, facts, load_samples
+from robustclip.defenses.base import SCORING_DRAW, redrawn
+from robustclip.models import Clip, ZeroShotClassifier, count_passes
 from robustclip.study.cells import Cell
+from robustclip.study.provenance import digests
+from robustclip.study.shipped import known
 
-
-class CountingClip(nn.Module):
-    """A CLIP that counts the images passing forward and backward through its image tower, and is otherwise the same."""
-
-    def __init__(self, clip: Any) -> None:
-        super().__init__()
-        self.inner = clip
-        self.forward_images = self.backward_images = 0
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Features of the wrapped CLIP; counts the images, and again when their gradient arrives."""
-        self.forward_images += len(images)
-        if images.requires_grad and torch.is_grad_enabled():
-            images = images.view_as(images)
-            images.register_hook(self._count_backward)
-        return self.inner.encode_images(images)
-
-    def _count_backward(self, gradient: Tensor) -> None:
-        self.backward_images += len(gradient)
-
-    def timed(self, work: Callable[[], Any]) -> tuple[Any, np.ndarray]:
-        """The result of `work()` and its cost: seconds, images forward, images backward."""
-        before = np.array([time.perf_counter(), self.forward_images, self.backward_images])
-        result = work()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return result, np.array([time.perf_counter(), self.forward_images, self.backward_images]) - before
+TRAINED = "trained by "  # before the components that made a model, among those of a cell
 
 
 class Bench:
@@ -57,17 +32,71 @@ class Bench:
 
     def __init__(self, device: str) -> None:
         self.device = models.pick_device(device)
-        self._clips: dict[Any, CountingClip] = {}
+        self._clips: dict[Any, Clip] = {}
         self._samples: dict[tuple, Samples] = {}
+        self._facts: dict[tuple, dict] = {}
         self._blind: dict[tuple, dict[tuple, tuple[list[Pair], np.ndarray]]] = {}
-        self._builders: dict[str, Builder] = {}
-        self._targets: dict[tuple, Target] = {}
+        self.saved = np.zeros(3)
+        self.distinct: int | None = None
 
-    def clip(self, spec: Any) -> CountingClip:
-        """The CLIP of a cell: objects are taken as they are, names and folders are loaded."""
-        name = os.fspath(spec) if isinstance(spec, str | os.PathLike) else spec
+    # --- what a cell stands for, without weights or pictures where that is possible
+
+    def facts(self, cell: Cell) -> dict:
+        """What is known of the cell's data: source, digest, names, prompts; as shipped if the data is not here."""
+        place = (cell.role, cell.scale.source)
+        if place not in self._facts:
+            try:
+                self._facts[place] = facts(*place)
+            except FileNotFoundError:
+                shipped = known(cell.scale.name)["data"]
+                if "/".join(place) not in shipped:
+                    raise
+                self._facts[place] = shipped["/".join(place)]
+        return self._facts[place]
+
+    def classes(self, cell: Cell) -> Classes:
+        """Names and prompts: the data's own, or prompts from the cell's template."""
+        if cell.task == "retrieve":
+            return Classes((cell.role,), (cell.role,))  # its texts are captions, which the data's digest covers
+        found = self.facts(cell)
+        prompts = [cell.template.format(name) for name in found["names"]] if cell.template else found["prompts"]
+        return Classes(found["names"], prompts)
+
+    def digest(self, cell: Cell) -> str:
+        """What names the cell's weights: what makes them if they are yet to be trained, else their fingerprint."""
+        if hasattr(cell.spec, "identity"):
+            return cell.spec.digest
+        try:
+            return self.clip(cell.spec).digest
+        except OSError:
+            if (shipped := known(cell.scale.name)["models"].get(str(cell.spec))) is None:
+                raise
+            return shipped
+
+    def key(self, cell: Cell) -> str:
+        """The name of the cell's result."""
+        language = {"language_model": lambda name: load_language_model(name, self._speaker(cell)).digest}
+        return cell.key(self.digest(cell), self.facts(cell)["digest"], self.classes(cell), language)
+
+    def _speaker(self, cell: Cell) -> Clip | None:
+        """The CLIP whose language a text attack speaks: fine-tuning keeps that of the model it starts from."""
+        return self.clip(getattr(cell.spec, "base", cell.spec))
+
+    def provenance(self, cell: Cell) -> dict[str, str]:
+        """Digests of the code that the cell's number depends on; of trained models, the code that made them, too."""
+        from robustclip.study.tasks import TASK  # which is made of benches
+
+        parts = [cell.attack, cell.defense, TASK[cell.task], Bench, Clip, ZeroShotClassifier]
+        trained = cell.spec.provenance() if hasattr(cell.spec, "identity") else {}
+        return digests(*parts) | {TRAINED + name: digest for name, digest in trained.items()}
+
+    # --- what has to be there to measure it
+
+    def clip(self, spec: Any) -> Clip:
+        """The CLIP of a cell: loaded ones as they are, models to be trained are trained, all else is loaded."""
+        name = spec if isinstance(spec, nn.Module) else os.fspath(spec)
         if name not in self._clips:
-            self._clips[name] = CountingClip(models.load(name, str(self.device)) if isinstance(name, str) else spec)
+            self._clips[name] = models.load(name, str(self.device)) if isinstance(name, str) else spec
         return self._clips[name]
 
     def place(self, cell: Cell) -> torch.device:
@@ -81,74 +110,77 @@ class Bench:
             self._samples = {name: load_samples(cell.role, source=cell.scale.source, n=cell.n)}
         return self._samples[name]
 
-    def prompts(self, cell: Cell) -> list[str]:
-        """One prompt per class: the data's own, or from the cell's template."""
-        samples = self.samples(cell)
-        return [cell.template.format(name) for name in samples.classes] if cell.template else list(samples.prompts)
-
-    def key(self, cell: Cell) -> str:
-        """The name of the cell's result."""
-        return cell.key(self.clip(cell.spec).digest, self.samples(cell).digest, self.prompts(cell))
-
-    def builder(self, defense: Callable | None) -> "Builder":
-        """The builder of a defense, shared by all batches and cells."""
-        return self._builders.setdefault(repr(defense), Builder(defense))
-
-    def seen(self, cell: Cell) -> "Builder":
-        """Builder of the classifiers that the attacker sees: the defended ones if it is aware of the defense."""
-        return self.builder(cell.defense if cell.attacker == "aware" else None)
-
-    def pairs(self, cell: Cell, rows: slice) -> tuple[list[Pair], np.ndarray]:
-        """What the attacker of a cell makes of some rows, and what that cost it.
-
-        A blind attacker makes the same of them whatever the defense, so its pairs are kept for the next one.
-        """
-        seen = self.seen(cell)
-        if seen.defense:
-            return self.clip(cell.spec).timed(lambda: self._attack(cell, rows, seen))
-        name = (self.clip(cell.spec), self.samples(cell).digest, cell.template, repr(cell.attack))
-        if name not in self._blind:
-            self._blind = {name: {}}
-        known, place = self._blind[name], (rows.start, rows.stop)
-        if place not in known:
-            known[place] = self.clip(cell.spec).timed(lambda: self._attack(cell, rows, seen))
-        return known[place]
-
-    def _attack(self, cell: Cell, rows: slice, build: "Builder") -> list[Pair]:
-        images, labels = self.batch(cell, rows)
-        classes = self.samples(cell).classes.with_prompts(self.prompts(cell))
-        if cell.attack is None:
-            return [Pair(images, classes)]
-        name = (self.clip(cell.spec), self.samples(cell).digest, classes, repr(build.defense))
-        if name not in self._targets:
-            self._targets[name] = Target(self.clip(cell.spec), classes, build.defense, partial(self._held_out, cell))
-        return cell.attack.pairs(self._targets[name], images, labels)
-
-    def _held_out(self, cell: Cell, n: int) -> tuple[Tensor, Tensor]:
-        """Labelled training images for attacks that ask for them."""
-        other = load_samples(cell.role, source=cell.scale.source, split="train", n=n)
-        return other.images.to(self.place(cell)), other.labels.to(self.place(cell))
-
     def batch(self, cell: Cell, rows: slice) -> tuple[Tensor, Tensor]:
         """Images and labels of some rows, checked and in place."""
         samples, place = self.samples(cell), self.place(cell)
         images = check_images(samples.images[rows])
         return images.to(place), check_labels(samples.labels[rows], len(samples.classes), len(images)).to(place)
 
+    def target(self, cell: Cell) -> Target:
+        """What the attacker of a cell faces."""
 
-class Builder:
-    """Makes the classifier for a set of prompts, with a defense in front of it or not; the latest few are kept."""
+        def held_out(n: int) -> tuple[Tensor, Tensor]:
+            other = load_samples(cell.role, source=cell.scale.source, split="train", n=n)
+            return other.images.to(self.place(cell)), other.labels.to(self.place(cell))
 
-    def __init__(self, defense: Callable | None) -> None:
-        self.defense, self._made = defense, lru_cache(maxsize=4)(self._make)
+        defense = cell.defense if cell.attacker == "aware" else None
+        return Target(self.clip(cell.spec), self.classes(cell), defense, held_out)
 
-    def __call__(self, clip: Any, classes: Classes | Sequence[str]) -> Callable:
-        """Images in [0, 1] -> logits over the classes."""
-        return self._made(clip, classes if isinstance(classes, Classes) else tuple(classes))
+    def judge(self, cell: Cell) -> Callable[[Classes], Callable]:
+        """Builds the classifier that judges what the attacker made, at a draw that it never saw."""
 
-    def _make(self, clip: Any, classes: Classes | tuple[str, ...]) -> Callable:
-        classifier = models.ZeroShotClassifier(clip, classes)
-        return self.defense(classifier) if self.defense else classifier
+        @lru_cache(maxsize=4)
+        def build(classes: Classes) -> Callable:
+            plain = ZeroShotClassifier(self.clip(cell.spec), classes)
+            return redrawn(cell.defense(plain), SCORING_DRAW + cell.seed) if cell.defense else plain
+
+        return build
+
+    def pairs(self, cell: Cell, rows: slice) -> list[Pair]:
+        """What the attacker of a cell makes of some rows; `distinct` then counts the prompts it leaves, if it has any.
+
+        Prompts that coincide cap the accuracy, whatever the model.
+        """
+        found = self._pairs(cell, rows)
+        texts = cell.attack is not None and cell.attack.changes_texts
+        self.distinct = min(len(set(pair.classes.prompts)) for pair in found) if texts else None
+        return found
+
+    def _pairs(self, cell: Cell, rows: slice) -> list[Pair]:
+        """As `pairs`; a blind attacker makes the same whatever the defense, so its pairs are kept for the next one.
+
+        What they cost then counts as `saved`.
+        """
+        if cell.attack is None:
+            return [Pair(self.batch(cell, rows)[0], self.classes(cell))]
+        attack = partial(cell.attack.pairs, self.target(cell), *self.batch(cell, rows))
+        if cell.attacker == "aware" and cell.defense:
+            return attack()
+        name = (self.clip(cell.spec), cell.role, cell.n, cell.template, json.dumps(identity(cell.attack)))
+        if name not in self._blind:
+            self._blind = {name: {}}
+        place, kept = (rows.start, rows.stop), self._blind[name]
+        if place in kept:
+            self.saved = self.saved + kept[place][1]
+        else:
+            kept[place] = timed(attack)
+        return kept[place][0]
+
+    def timed(self, work: Callable[[], Any]) -> tuple[Any, np.ndarray]:
+        """As `timed`, with the cost of what was kept from earlier cells."""
+        self.saved = np.zeros(3)
+        result, cost = timed(work)
+        return result, cost + self.saved
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, np.ndarray]:
+    """The result of `work()` and its cost: seconds, images forward, images backward."""
+    begin = time.perf_counter()
+    with count_passes() as passes:
+        result = work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return result, np.array([time.perf_counter() - begin, passes.forward, passes.backward])
 
 
 def device_name(device: torch.device) -> str:

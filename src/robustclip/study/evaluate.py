@@ -1,177 +1,184 @@
-"""Measure cells: adversarial images, accuracy, cost, provenance; and say beforehand what that would cost."""
+"""Measure cells: what is neither stored nor shipped is attacked, judged, and kept with its provenance."""
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
-from robustclip.attacks.base import predictions
+from robustclip.attacks.base import Target
 from robustclip.audit import Audit
 from robustclip.audit import audit as run_audit
-from robustclip.checks import check_folder, check_images, check_integer, check_range
-from robustclip.classes import Classes
+from robustclip.checks import check_integer
 from robustclip.progress import progress
-from robustclip.study.bench import Bench, device_name
+from robustclip.study.bench import TRAINED, Bench, device_name
 from robustclip.study.cells import Cell
+from robustclip.study.provenance import commit, current, versions
+from robustclip.study.shipped import confirmed, shipped, shipped_records
 from robustclip.study.statistics import wilson
-from robustclip.study.store import Entry, Store, Where, code_digest, commit, versions
-from robustclip.study.trained import FACTS, read_facts
+from robustclip.study.store import CellFiles, Store, Where
+from robustclip.study.tasks import TASK, numbered
 
 COLUMNS = [
-    *("scale", "model", "role", "dataset", "source", "attack", "played_by", "attacker", "defense", "eps", "n", "seed"),
-    *("accuracy", "low", "high", "flags", "seconds", "forward", "backward", "stale"),
-    *("checkpoint", "data", "code", "device", "date", "commit", "key"),
+    *("scale", "model", "role", "dataset", "source", "task", "attack", "played_by", "attacker", "defense", "eps"),
+    *("n", "seed", "metric", "accuracy", "low", "high", "distinct", "flags", "seconds", "forward", "backward"),
+    *("stale", "origin", "checkpoint", "data", "device", "date", "commit", "key"),
 ]
 
 
 def evaluate(
-    cells: Iterable[Cell], store: Where = None, device: str = "auto", batch_size: int | None = None, audit: int = 0
+    cells: Iterable[Cell],
+    store: Where = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    audit: int = 0,
+    fresh: bool = False,
 ) -> pd.DataFrame:
-    """Measure every cell that the store does not hold yet; one tidy row per cell, in the order given.
+    """Measure every cell that neither the store nor the shipped results hold; tidy rows, in the order given.
 
-    `accuracy`, `low`, `high` are percent with the 95 % Wilson interval; `seconds`, `forward`, `backward` are what the
-    cell costs alone; `stale` marks results of other code, which scales with `recompute_stale` measure again.
+    One row per cell and metric: `accuracy` is the percentage of images, or of queries, that are right, with its 95 %
+    Wilson interval. `seconds`, `forward`, `backward` are what the cell costs alone. `distinct` counts the different
+    prompts after a text attack. `stale` marks results of other code, which scales with `recompute_stale` measure again.
     `audit` = n also audits every image attack on the first n images; `flags` says what the audit found, or that there
-    was none, and whether the attacker was blind to a defense.
+    was none, and whether the attacker was blind to a defense. A cell that another process is measuring is waited for.
+    `fresh` ignores what is shipped.
     """
     check_integer("audit", audit, 0)
-    cells, store, bench = list(cells), Store.of(store), Bench(device)
-    if batch_size is not None:
-        check_range("batch_size", batch_size, 1)
+    cells, store, bench = list(cells), Store(store), Bench(device)
+    size = None if batch_size is None else check_integer("batch_size", batch_size, 1)
     roles = list(dict.fromkeys((cell.role, cell.n) for cell in cells))
     order = sorted(range(len(cells)), key=lambda place: roles.index((cells[place].role, cells[place].n)))
-    rows = {}
-    for place in progress(order, "cells", unit="cell"):
-        cell = cells[place]
-        entry = store.entry(cell.scale.name, bench.key(cell))
-        record = entry.read()
-        if record is None or (record["code"] != code_digest() and cell.scale.recompute_stale):
-            record = _measure(cell, bench, entry, batch_size or cell.scale.batch_size)
-        if record.get("audited", audit if _silent(cell) else 0) < audit:
-            record = _keep(_audit(cell, bench, audit), entry, audit)
-        entry.part.unlink(missing_ok=True)  # a kill right after the last rename leaves it
-        rows[place] = _row(cell.describe(), record)
-    return pd.DataFrame([rows[place] for place in range(len(cells))], columns=COLUMNS)
+    rows: dict[int, list[dict]] = {}
+    for wait in (False, True):  # cells that another process holds come last
+        for place in progress([place for place in order if place not in rows], "cells", unit="cell"):
+            found = _found(cells[place], bench, store, size, audit, wait, fresh)
+            if found:
+                rows[place] = _rows(cells[place].describe(), *found)
+    return pd.DataFrame([row for place in range(len(cells)) for row in rows[place]], columns=COLUMNS)
+
+
+def _found(
+    cell: Cell, bench: Bench, store: Store, batch_size: int | None, audit: int, wait: bool, fresh: bool
+) -> tuple[dict, str, bool] | None:
+    """The record of a cell, where it is from, and whether it is stale; None if another process is measuring it."""
+    key, code = bench.key(cell), bench.provenance(cell)
+    files = store.cell(cell.scale.name, key)
+    audit = audit if cell.attack is not None and cell.attack.changes_images else 0
+
+    def known() -> tuple[dict, str, bool] | None:
+        travelled = None if fresh else shipped(cell.scale.name, key)
+        candidates = [(files.read(), "stored"), (travelled, "shipped")]
+        told = [(record, origin, is_stale(record, code)) for record, origin in candidates if record is not None]
+        return min(told, key=lambda one: one[2], default=None)  # what is not stale first
+
+    def enough(found: tuple[dict, str, bool] | None) -> bool:
+        return bool(found) and found[0].get("audited", 0) >= audit and not (found[2] and cell.scale.recompute_stale)
+
+    if enough(found := known()):
+        files.tidy()
+        return found
+    with files.claimed(wait) as mine:
+        if not mine:
+            return None
+        if enough(found := known()):  # another process was quicker
+            return found
+        if not found or (found[2] and cell.scale.recompute_stale):
+            found = _measured(cell, bench, files, code, batch_size or cell.scale.batch_size), "measured", False
+        if found[0].get("audited", 0) < audit:
+            flags = list(_audited(cell, bench, audit).flags)
+            found = files.write(found[0] | {"flags": flags, "audited": audit}), *found[1:]
+    return found
 
 
 def audit_cell(cell: Cell, store: Where = None, device: str = "auto") -> Audit:
-    """Measure one attacked cell if the store does not hold it, audit it on all its images, keep the flags with it."""
-    if _silent(cell):
+    """Measure one attacked cell if nobody has, audit it on all its images, and keep the flags with it."""
+    if cell.attack is None or not cell.attack.changes_images:
         raise ValueError(f"attack {cell.attack_name!r} changes no images; audit an attack on images, such as PGD-100")
     evaluate([cell], store, device)
     bench = Bench(device)
-    found = _audit(cell, bench, cell.n)
-    _keep(found, Store.of(store).entry(cell.scale.name, bench.key(cell)), cell.n)
+    found, files = _audited(cell, bench, cell.n), Store(store).cell(cell.scale.name, bench.key(cell))
+    with files.claimed(wait=True):
+        record = files.read() or shipped(cell.scale.name, bench.key(cell))
+        files.write(record | {"flags": list(found.flags), "audited": cell.n})
     return found
 
 
 def outcomes(row: Mapping[str, Any], store: Where = None) -> np.ndarray:
-    """Per-image outcomes (n,) bool of one row of `evaluate`, for paired tests on the same images."""
-    record = Store.of(store).entry(row["scale"], row["key"]).read()
+    """Right or wrong (n,) for each image, or query, of one row of `evaluate`: for paired tests on the same images."""
+    record = Store(store).cell(row["scale"], row["key"]).read() or shipped(row["scale"], row["key"])
     if record is None:
-        raise FileNotFoundError(f"no result {row['key']!r} in {Store.of(store)!r}; evaluate its cell first")
-    return np.array([outcome == "1" for outcome in record["correct"]])
+        raise FileNotFoundError(f"no result {row['key']!r} in {Store(store)!r} nor shipped; evaluate its cell first")
+    return TASK[record["cell"]["task"]].hits(record["answers"])[row["metric"]]
 
 
-def export(scale: str, store: Where = None, folder: str | Path = "results") -> list[Path]:
-    """Write all results of a scale as tidy CSV files with provenance, one per role: `folder/scale/role.csv`.
+def reference(scale: str) -> pd.DataFrame:
+    """The shipped results of a scale in the shape of `evaluate`; no rows where nothing is shipped."""
+    rows = [row for record in shipped_records(scale)
+            for row in _rows(record["cell"], record, "shipped", is_stale(record))]  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS)
 
-    What pages found goes to `verdicts`, what fine-tuning cost to `training.csv` below the folder `models`.
+
+def is_stale(record: dict, code: Mapping[str, str] | None = None) -> bool:
+    """Whether a record is of other code than today's, apart from changes that were confirmed to change no answer.
+
+    Without `code`, the digests that its components have now, as far as they are of this package, are looked up.
     """
-    rows = pd.DataFrame([_row(entry["cell"], entry) for entry in Store.of(store).records(scale)], columns=COLUMNS)
-    written = []
-    for name, table in rows.groupby("role"):
-        written.append(check_folder(Path(folder) / scale) / f"{name}.csv")
-        table.sort_values(COLUMNS[:12], kind="stable").to_csv(written[-1], index=False, lineterminator="\n")
-    for path in sorted((Store.of(store).root / scale / "verdicts").glob("*/*.csv")):
-        written.append(check_folder(Path(folder) / scale / "verdicts" / path.parent.name) / path.name)
-        shutil.copyfile(path, written[-1])
-    facts = sorted((Store.of(store).root / scale / "models").glob(f"*/{FACTS}"))
-    if facts:
-        written.append(check_folder(Path(folder) / scale / "models") / "training.csv")
-        table = pd.DataFrame([read_facts(path.parent) for path in facts]).drop(columns=["losses", "versions"])
-        table.sort_values(["role", "model", "seed", "recipe"]).to_csv(written[-1], index=False, lineterminator="\n")
-    return written
+    maps, own = confirmed(record["cell"]["scale"]), record["provenance"]
+    now = code or {name: current(name.removeprefix(TRAINED)) or digest for name, digest in own.items()}
+    return set(now) != set(own) or any(_newest(own[name], maps.get(name, {})) != now[name] for name in now)
 
 
-def _measure(cell: Cell, bench: Bench, entry: Entry, batch_size: int) -> dict:
+def _newest(digest: str, later: Mapping[str, dict]) -> str:
+    """The digest that an old one was confirmed to equal, step by step."""
+    seen = set()
+    while digest in later and digest not in seen:
+        seen.add(digest)
+        digest = later[digest]["new"]
+    return digest
+
+
+def _measured(cell: Cell, bench: Bench, files: CellFiles, code: dict, batch_size: int) -> dict:
     """Run a cell batch by batch from where an interrupted run stopped, and store its record."""
-    done = entry.resume(code_digest())
-    first, n = sum(len(batch["predicted"]) for batch in done), len(bench.samples(cell).labels)
-    for start in progress(range(first, n, batch_size), f"{cell.model} {cell.role} {cell.attack_name}", unit="batch"):
-        predicted, cost = _batch(cell, bench, slice(start, start + batch_size))
-        batch = {"code": code_digest(), "cell": cell.describe(), "start": start, "predicted": predicted, "cost": cost}
-        entry.append(batch)
-        done.append(batch)
-    return entry.write(_record(cell, bench, done))
+    task, done, n = TASK[cell.task], files.resume(code), len(bench.samples(cell))
+    todo = [rows for rows in task.batches(n, batch_size) if rows.start >= (done[-1]["stop"] if done else 0)]
+    if done and (not todo or todo[0].start != done[-1]["stop"]):  # batches of another size
+        todo = [slice(done[-1]["stop"] + rows.start, done[-1]["stop"] + rows.stop)
+                for rows in task.batches(n - done[-1]["stop"], batch_size)]  # fmt: skip
+    for rows in progress(todo, f"{cell.model} {cell.role} {cell.attack_name}", unit="batch"):
+        answers, cost = bench.timed(lambda rows=rows: task.answer(cell, bench, rows))
+        batch = {"provenance": code, "cell": cell.describe(), "start": rows.start, "stop": rows.stop}
+        done.append(
+            files.append(batch | {"answers": answers, "distinct": bench.distinct, "cost": cost.round(4).tolist()})
+        )
+    return files.write(_record(cell, bench, code, done))
 
 
-def _batch(cell: Cell, bench: Bench, rows: slice) -> tuple[list[int], list[float]]:
-    """Predicted labels of one batch after the attack, and what attack and prediction cost.
-
-    Where the attacker offers several pairs of images and prompts, a wrong prediction for any of them counts.
-    """
-    clip, build = bench.clip(cell.spec), bench.builder(cell.defense)
-    pairs, spent = bench.pairs(cell, rows)
-    labels = bench.batch(cell, rows)[1]
-    for pair in pairs:
-        check_images(pair.images)
-
-    def checked(classes: Classes) -> Callable[[Tensor], Tensor]:
-        return lambda images: _finite(build(clip, classes)(images), cell.model)
-
-    predicted, scoring = clip.timed(lambda: [predictions(pair, labels, checked) for pair in pairs])
-    worst = predicted[0]
-    for other in predicted[1:]:
-        worst = torch.where(worst == labels, other, worst)
-    return worst.tolist(), (spent + scoring).round(4).tolist()
-
-
-def _finite(logits: Tensor, model: str) -> Tensor:
-    """The logits, if they are numbers."""
-    if not torch.isfinite(logits).all():
-        raise ValueError(f"model {model!r} gives NaN or infinite logits; restore or retrain its checkpoint")
-    return logits
-
-
-def _audit(cell: Cell, bench: Bench, images: int) -> Audit:
+def _audited(cell: Cell, bench: Bench, images: int) -> Audit:
     """Audit the classifier that the attacker of a cell sees, on its first images."""
-    clip, prompts, batch = bench.clip(cell.spec).inner, bench.prompts(cell), bench.batch(cell, slice(0, images))
-    build, base = bench.seen(cell), bench.builder(None)(clip, prompts)
-    rival = base if build.defense else None  # examples made on the undefended classifier may transfer
-    return run_audit(build(clip, prompts), cell.attack, *batch, seed=cell.seed, surrogate=rival)
+    target = bench.target(cell)
+    plain = Target(target.clip, target.classes).classifier() if target.defense else None  # its examples may transfer
+    batch = bench.batch(cell, slice(0, images))
+    return run_audit(target.classifier(), cell.attack, *batch, seed=cell.seed, surrogate=plain)
 
 
-def _keep(found: Audit, entry: Entry, images: int) -> dict:
-    """Store the flags with the result."""
-    return entry.write(entry.read() | {"flags": list(found.flags), "audited": images})
-
-
-def _record(cell: Cell, bench: Bench, batches: list[dict]) -> dict:
+def _record(cell: Cell, bench: Bench, code: dict, batches: list[dict]) -> dict:
     """What the store keeps of a finished cell."""
-    samples, predicted = bench.samples(cell), [label for batch in batches for label in batch["predicted"]]
-    hits = (guess == label for guess, label in zip(predicted, samples.labels.tolist(), strict=True))
+    samples = bench.samples(cell)
     seconds, forward, backward = np.sum([batch["cost"] for batch in batches], axis=0).tolist()
     return {
-        "cell": cell.describe() | {"source": samples.source},
-        "correct": "".join("01"[hit] for hit in hits),
-        "predicted": predicted,
+        "cell": cell.describe() | {"source": samples.source, "n": len(samples)},
+        "made_by": cell.made_by(),
+        "answers": numbered([batch["answers"] for batch in batches]),
+        "distinct": batches[-1]["distinct"],
         "changes_images": cell.attack is not None and cell.attack.changes_images,
         "seconds": round(seconds, 3),
         "forward": int(forward),
         "backward": int(backward),
-        "checkpoint": bench.clip(cell.spec).digest,
+        "checkpoint": bench.digest(cell),
         "data": samples.digest,
-        "prompts": hashlib.sha256(json.dumps(bench.prompts(cell)).encode()).hexdigest()[:16],
-        "code": code_digest(),
+        "classes": bench.classes(cell).digest,
+        "provenance": code,
         "commit": commit(),
         "versions": versions(),
         "device": device_name(bench.place(cell)),
@@ -179,25 +186,24 @@ def _record(cell: Cell, bench: Bench, batches: list[dict]) -> dict:
     }
 
 
-def _row(cell: dict, record: dict) -> dict:
-    """One row of the table of results."""
-    n, stale = len(record["correct"]), record["code"] != code_digest()
-    accuracy, low, high = wilson(record["correct"].count("1"), n)
-    kept = {name: record[name] for name in COLUMNS if name in record} | {"source": record["cell"]["source"]}
-    computed = {"n": n, "accuracy": accuracy, "low": low, "high": high, "flags": _flags(record), "stale": stale}
-    return cell | kept | computed
+def _rows(cell: dict, record: dict, origin: str, stale: bool) -> list[dict]:
+    """The rows of the table of results: one per metric."""
+    kept = {name: record[name] for name in COLUMNS if name in record}
+    told = {"source": record["cell"]["source"], "flags": _flags(record), "stale": stale, "origin": origin}
+    rows = []
+    for metric, hits in TASK[cell["task"]].hits(record["answers"]).items():
+        accuracy, low, high = wilson(int(hits.sum()), len(hits))
+        rows.append(
+            cell | kept | told | {"n": len(hits), "metric": metric, "accuracy": accuracy, "low": low, "high": high}
+        )
+    return rows
 
 
 def _flags(record: dict) -> str:
     """The audit's verdict in words; empty where no image was attacked."""
     cell = record["cell"]
-    if not record.get("changes_images", cell["played_by"]):
+    if not record["changes_images"]:
         return ""
     found = ["blind"] * (cell["attacker"] == "blind" and bool(cell["defended_by"]))
     found += record.get("flags", ["not audited"])
     return "; ".join(found) or "passed"
-
-
-def _silent(cell: Cell) -> bool:
-    """Whether the audit has nothing to run on: no attack, or one that rewrites prompts."""
-    return cell.attack is None or cell.attack.changes_texts

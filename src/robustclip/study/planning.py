@@ -10,7 +10,8 @@ import torch
 
 from robustclip import models
 from robustclip.data.roles import role
-from robustclip.study.bench import Bench, CountingClip, device_name
+from robustclip.models import Clip
+from robustclip.study.bench import Bench, device_name, timed
 from robustclip.study.cells import Cell
 from robustclip.study.store import Store, Where
 
@@ -18,57 +19,62 @@ from robustclip.study.store import Store, Where
 def plan(cells: Iterable[Cell], store: Where = None, device: str = "auto") -> pd.DataFrame:
     """What measuring the cells from nothing would take at most; no data set or remote model is touched.
 
-    `forward` and `backward` are image passes if no image breaks early and a defense costs one pass. `seconds` come from
-    stored results of the same model and device (`estimate` = "records"), else from trying a local model for half a
-    second ("measured"), else from the scale's assumed speed ("assumed"). `megabytes` to download, if nothing is here
-    yet, stand on the first cell of each data set.
+    `forward` and `backward` are image passes if no image breaks early. `seconds` come from stored results of the same
+    model and device (`estimate` = "records"), else from trying a local model for half a second ("measured"), else from
+    the scale's assumed speed ("assumed"). `megabytes` to download, if nothing is here yet, stand on the first cell of
+    each data set.
     """
-    bench, store, seen, speeds, rows = Bench(device), Store.of(store), set(), {}, []
+    bench, store, seen, speeds, rows = Bench(device), Store(store), set(), {}, []
     for cell in cells:
         if cell.model not in speeds:
             speeds[cell.model] = _speed(cell, bench, store)
         speed, estimate = speeds[cell.model]
-        forward, backward = _passes(cell)
+        forward, backward = passes(cell)
         rows.append(cell.describe() | {
             "forward": forward, "backward": backward, "seconds": (forward + backward) / speed, "estimate": estimate,
-            "megabytes": 0.0 if cell.role in seen or cell.scale.source != "paper" else _megabytes(cell.role),
+            "megabytes": role(cell.role).paper.get("bytes", math.nan) / 1e6
+            if cell.scale.name == "paper" and cell.role not in seen else 0.0,
         })  # fmt: skip
         seen.add(cell.role)
     return pd.DataFrame(rows)
 
 
-def _megabytes(name: str) -> float:
-    """Size of the download of a role's data set, NaN if unknown."""
-    return role(name).paper.get("bytes", math.nan) / 1e6
+def passes(cell: Cell) -> tuple[int, int]:
+    """Image passes at most: those of the answers, and those of the attack on what it sees.
 
-
-def _passes(cell: Cell) -> tuple[int, int]:
-    """Image passes at most: one to score each pair, one to see which images stand, and those of the attack."""
-    size = role(cell.role).paper.get("test_images", cell.n) if cell.scale.source == "paper" else cell.n
+    One answer of a defense takes (F, B) passes; each backward pass of an aware attack goes back through its F, too.
+    """
+    size = role(cell.role).paper.get("test_images", cell.n) if cell.scale.name == "paper" else cell.n
     n, classes = min(cell.n, size), len(role(cell.role).classes or "1")
-    (forward, backward), pairs = (cell.attack.passes(classes), cell.attack.pairs_made) if cell.attack else ((0, 0), 1)
-    return n * (pairs + forward), n * backward
+    answer = cell.defense.passes(classes) if cell.defense else (1, 0)
+    forward, backward, pairs = 0, 0, 1
+    if cell.attack is not None:
+        (forward, backward), pairs = cell.attack.passes(classes), cell.attack.pairs_made
+    ahead, behind = answer if cell.attacker == "aware" and cell.defense else (1, 0)
+    attack = forward * ahead, forward * behind + backward * ahead
+    return n * (attack[0] + pairs * answer[0]), n * (attack[1] + pairs * answer[1])
 
 
 def _speed(cell: Cell, bench: Bench, store: Store) -> tuple[float, str]:
     """Image passes a second of the cell's model on this device, and how we know."""
     known = [(entry["forward"] + entry["backward"], entry["seconds"]) for entry in store.records(cell.scale.name)
              if entry["cell"]["model"] == cell.model and entry["device"] == device_name(bench.device)]  # fmt: skip
-    if known:
-        passes, seconds = np.sum(known, axis=0)
-        return passes / max(seconds, 1e-3), "records"
-    if not isinstance(cell.spec, str) or cell.spec == models.EMBEDDED or Path(cell.spec).expanduser().is_dir():
-        return _try(bench.clip(cell.spec), bench.place(cell)), "measured"
+    if known and np.sum(known, axis=0)[0]:
+        count, seconds = np.sum(known, axis=0)
+        return count / max(seconds, 1e-3), "records"
+    base = getattr(cell.spec, "base", cell.spec)  # of a model yet to be trained
+    if not isinstance(base, str) or base == models.EMBEDDED or Path(base).expanduser().is_dir():
+        return _try(bench.clip(base), bench.device), "measured"
     return (cell.scale.assumed_speed, "assumed") if cell.scale.assumed_speed else (math.nan, "unknown")
 
 
-def _try(clip: CountingClip, device: torch.device) -> float:
+def _try(clip: Clip, device: torch.device) -> float:
     """Image passes a second of forward and backward through the image tower on gray pictures, after one to warm up."""
-    images = torch.full((32, 3, *getattr(clip, "image_size", (32, 32))), 0.5, device=device, requires_grad=True)
-    spent = np.zeros(3)
+    place, side = getattr(clip, "device", device), getattr(clip, "image_size", (32, 32))
+    images, spent = torch.full((32, 3, *side), 0.5, device=place, requires_grad=True), np.zeros(3)
     for turn in range(100):
-        _, cost = clip.timed(lambda: torch.autograd.grad(clip.encode_images(images).sum(), images)[0])
+        _, cost = timed(lambda: torch.autograd.grad(clip.encode_images(images).sum(), images)[0])
         spent += cost if turn else 0
         if spent[0] > 0.5:
             break
-    return (spent[1] + spent[2]) / spent[0]
+    return 64 * turn / spent[0]

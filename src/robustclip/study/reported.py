@@ -3,14 +3,11 @@
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 
 import pandas as pd
 
 from robustclip.checks import check_choice
 from robustclip.study.scales import parse_eps
-
-SAME = ["model", "role", "attack", "attacker", "defense", "eps", "seed"]  # what makes cells of two scales the same
 
 
 @cache
@@ -47,44 +44,43 @@ def reported(paper: str, table: str | int | None = None) -> pd.DataFrame:
     return rows.drop(columns="file").reset_index(drop=True)
 
 
-def reference(scale: str = "full", folder: str | Path = "results") -> pd.DataFrame:
-    """The committed results of a scale, as `export` wrote them, in the shape of `evaluate`."""
-    paths = sorted((Path(folder) / scale).glob("*.csv"))
-    if not paths:
-        place = str(Path(folder) / scale)
-        raise FileNotFoundError(f"no results in {place!r}; write them with `robustclip export --scale {scale}`")
-    return pd.concat([pd.read_csv(path, engine="python") for path in paths], ignore_index=True)
-
-
 def compare(
     ours: pd.DataFrame,
     printed: pd.DataFrame,
     on: Sequence[str] = ("method", "attack", "dataset"),
     methods: Mapping[str, str] | None = None,
-    committed: pd.DataFrame | None = None,
+    references: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """Printed accuracies and ours side by side, with `difference` = ours - printed in points.
 
     `methods` translates our names into the paper's, as in {"clip": "CLIP"}: a defended row goes by its defense, another
-    by its model. Rows that only one side has are kept. To compare per budget, add "eps" to `on`. `committed` is a frame
-    of `reference`; the accuracy of the same cell there, on the most images, becomes the column `reference`.
+    by its model. Rows that only one side has are kept. To compare per budget, add "eps" to `on`. `references` are
+    shipped frames by name, such as {"full": reference("full")}: what they hold of the same names, on the most images,
+    becomes the columns `full`, `full n`, `full low`, `full high`.
     """
-    on, names = list(on), ours["defense"].where(ours["defense"] != "none", ours["model"])
-    mine = ours.assign(method=names.map(lambda name: (methods or {}).get(name, name)))
-    committed = ours.iloc[:0] if committed is None else committed
-    best = committed.sort_values("n").drop_duplicates(SAME, keep="last").rename(columns={"accuracy": "reference"})
-    mine = mine.merge(best[[*SAME, "reference"]], on=SAME, how="left").rename(columns={"accuracy": "ours"})
+    on, mine = list(on), named(ours, methods)
     theirs = printed[printed["metric"] == "accuracy"]
     budgets = theirs["eps_value"].mask(theirs["attack"] == "clean", 0.0)
     theirs = theirs.assign(eps=budgets, printed_eps=theirs["eps"], printed=theirs["value"], place=range(len(theirs)))
     for column in on:
         check_choice("column in `on`", column, [name for name in mine.columns if name in theirs.columns])
+    mine = mine.rename(columns={"accuracy": "ours"})
     if (twice := mine.duplicated(on)).any():
         row = mine.loc[twice, on].iloc[0].to_dict()
         raise ValueError(f"ours has several rows for {row}; select one, or add the column that differs to `on`")
-    extra = [name for name in ("source", "n", "eps", "attacker", "stale") if name not in on]
+    extra = [name for name in ("source", "played_by", "n", "distinct", "eps", "attacker", "stale") if name not in on]
     joined = theirs[[*on, "setting", "printed_eps", "printed", "grade", "place"]].merge(
-        mine[[*on, "reference", "ours", "low", "high", *extra]], on=on, how="outer"
+        mine[[*on, "ours", "low", "high", *extra]], on=on, how="outer"
     )
     joined.insert(joined.columns.get_loc("high") + 1, "difference", joined["ours"] - joined["printed"])
+    for name, frame in (references or {}).items():
+        best = named(frame, methods).sort_values("n").drop_duplicates(on, keep="last").set_index(on)
+        found = best.rename(columns={"accuracy": name, **{part: f"{name} {part}" for part in ("n", "low", "high")}})
+        joined = joined.join(found[[name, f"{name} n", f"{name} low", f"{name} high"]], on=on)
     return joined.sort_values("place", kind="stable", ignore_index=True).drop(columns="place")
+
+
+def named(frame: pd.DataFrame, methods: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The frame with a column `method`: the defense of a defended row, else the model, in the paper's words."""
+    names = frame["defense"].where(frame["defense"] != "none", frame["model"])
+    return frame.assign(method=[(methods or {}).get(name, name) for name in names])

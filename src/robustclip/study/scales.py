@@ -14,10 +14,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from robustclip.checks import check_choice, check_range
+from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.data.roles import role_names
 from robustclip.data.sources import SOURCES
-from robustclip.study.named import named_attack
+from robustclip.models import PRECISIONS
+from robustclip.study.named import NAMES, named_attack
 from robustclip.training.recipes import Recipe, named_recipe
 
 
@@ -40,6 +41,7 @@ class Scale:
     """One column of the project: the same notebooks with other models, images and budgets."""
 
     name: str
+    file: str  # of a scale of one's own; "" for those of the package
     source: str
     reference_eps: float
     images: int
@@ -50,6 +52,9 @@ class Scale:
     role_images: dict[str, int] = field(hash=False)
     steps: dict[str, int] = field(hash=False)
     training: dict = field(hash=False)  # settings of all recipes, and in tables of their own those of single ones
+    sizes: dict[str, int] = field(default_factory=dict, hash=False)  # images of a table, by "page/table"
+    seeds: int = 1  # of training, where a table does not say otherwise
+    precision: str = "float32"  # of the gradients of attacks; what they find is judged in float32
     assumed_speed: float | None = None  # image passes a second, for plans before anything was measured
 
     def __post_init__(self) -> None:
@@ -57,19 +62,37 @@ class Scale:
         check_range("reference_eps", self.reference_eps, 0, 1)
         for name in self.roles:
             check_choice("role", name, role_names())
-        limits = {"images": self.images, "batch_size": self.batch_size, **self.role_images, **self.steps}
-        for name, value in limits.items():
-            check_range(f"{name} of scale {self.name}", value, 1)
+        for name in self.role_images:
+            check_choice(f"role in role_images of scale {self.name}", name, self.roles)
+        for name in self.steps:
+            if name not in NAMES and not named_attack(name, 0, {}):
+                raise ValueError(f"steps of scale {self.name!r} name {name!r}, which has no steps")
+        check_choice("precision", self.precision, PRECISIONS)
+        if not isinstance(self.recompute_stale, bool):
+            raise ValueError(f"recompute_stale={self.recompute_stale!r} of scale {self.name!r} is not allowed; write "
+                             "true or false")  # fmt: skip
+        limits = {"images": self.images, "batch_size": self.batch_size, "seeds": self.seeds}
+        for name, value in (limits | self.role_images | self.steps | self.sizes).items():
+            check_integer(f"{name} of scale {self.name}", value, 1)
 
     def model(self, name: str) -> str:
         """What `models.load` takes for the model called `name`; ${VARIABLE:-default} is filled in."""
         check_choice(f"model at scale {self.name}", name, self.models)
         return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda m: os.environ.get(m[1]) or m[2], self.models[name])
 
+    @property
+    def place(self) -> str:
+        """What `scale` takes to find it again."""
+        return self.file or self.name
+
     def images_of(self, name: str) -> int:
         """How many images the role `name` is measured on."""
         check_choice(f"role at scale {self.name}", name, self.roles)
         return self.role_images.get(name, self.images)
+
+    def size(self, table: str, n: int = 0) -> int:
+        """How many images a table is measured on: `n` if it is not 0, else what the scale says for it."""
+        return n or self.sizes.get(table) or self.images
 
     def recipe(self, name: str, **settings: Any) -> Recipe:
         """The recipe of adversarial fine-tuning called `name`, at the reference eps unless told otherwise."""
@@ -98,21 +121,24 @@ def scale(name: str | Scale) -> Scale:
     else:
         check_choice("scale", name, scale_names())
         path = files("robustclip").joinpath(f"assets/scales/{name}.toml")
-    return _read(path.read_text(encoding="utf-8"), Path(name).stem)
+    try:
+        return _read(path.read_text(encoding="utf-8"), Path(name).stem, str(path) if name.endswith(".toml") else "")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"scale {name!r} is not a text file ({error.reason}); give a TOML file") from error
 
 
-def _read(text: str, name: str) -> Scale:
+def _read(text: str, name: str, file: str = "") -> Scale:
     """Build a scale from TOML; a missing or unknown key is named."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"scale {name!r} is not valid TOML: {error}") from error
     needed = {"source", "reference_eps", "images", "batch_size", "recompute_stale", "models"}
-    optional = {"roles", "role_images", "steps", "training", "assumed_speed"}
+    optional = {"roles", "role_images", "steps", "training", "sizes", "seeds", "precision", "assumed_speed"}
     if wrong := needed ^ (table.keys() - optional):
         raise ValueError(f"scale {name!r} has wrong keys ({', '.join(sorted(wrong))} missing or unknown); it needs "
                          f"{', '.join(sorted(needed))} and may have {', '.join(sorted(optional))}")  # fmt: skip
     roles = table.pop("roles", role_names())
     eps = parse_eps(table.pop("reference_eps"))
     defaults = {key: table.pop(key, {}) for key in ("role_images", "steps", "training")}
-    return Scale(name=name, reference_eps=eps, roles=tuple(roles), **defaults, **table)
+    return Scale(name=name, file=file, reference_eps=eps, roles=tuple(roles), **defaults, **table)

@@ -2,6 +2,8 @@
 
     runs/<scale>/<key>.json          a finished cell, written under a temporary name and renamed
     runs/<scale>/<key>.part.jsonl    one line per finished batch of an unfinished cell; a torn last line is ignored
+    runs/<scale>/artifacts/          small arrays that figures need
+    runs/<scale>/models/             fine-tuned models
 
 Nothing is ever deleted because it cannot be read: the error names the file and how to move it aside.
 """
@@ -9,58 +11,22 @@ Nothing is ever deleted because it cannot be read: the error names the file and 
 import hashlib
 import json
 import os
-import platform
-import subprocess
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
+import shlex
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from robustclip.checks import check_folder
+from robustclip.files import leftovers, locked, write_whole
 
-FORMAT = "robustclip-cell-1"
-# What a measured number depends on.
-CODE = ("component.py", "models.py", "prompts.py", "fast.py", "data", "attacks", "defenses", "training")
-LIBRARIES = ("robustclip", "torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pandas")
+FORMAT = "robustclip-cell-2"
 PART = ".part.jsonl"
 
 
-@cache
-def code_digest() -> str:
-    """Short sha256 over the source of everything a measured number depends on."""
-    root, digest = Path(str(files("robustclip"))), hashlib.sha256()
-    for path in sorted(path for part in CODE for path in [root / part, *(root / part).rglob("*.py")] if path.is_file()):
-        source = path.read_bytes().replace(b"\r\n", b"\n")
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + source + b"\0")
-    return digest.hexdigest()[:16]
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that matter, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-@cache
-def commit() -> str:
-    """The last git commit that changed the package, or "" outside a checkout."""
-    command = ["git", "-C", str(files("robustclip")), "log", "-1", "--format=%H", "--", "."]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-class Entry:
-    """The two files of one cell."""
+class CellFiles:
+    """The files of one cell."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.part = path, path.with_name(path.stem + PART)
@@ -77,97 +43,126 @@ class Entry:
             raise _unusable(self.path, f"it was not written by this store (its format is not {FORMAT!r})")
         if record.get("key") != self.path.stem:
             raise _unusable(self.path, f"it belongs to the cell {record.get('key')!r}; the file was renamed or copied")
-        if record.get("digest") != _digest(record):
+        if record.get("digest") != digest_of(record):
             raise _unusable(self.path, "its content was changed or damaged")
         return record
 
     def write(self, record: dict) -> dict:
         """Store a finished result in one step and return what was stored; the partial one is not needed any more."""
-        record = {"format": FORMAT, "key": self.path.stem, **record}
-        record["digest"] = _digest(record)
+        record = signed({"format": FORMAT, "key": self.path.stem, **record})
         write_whole(self.path, json.dumps(record) + "\n")
+        self.tidy()
         return record
 
-    def batches(self, code: str) -> list[dict]:
-        """Finished batches of an interrupted run of the same code, from the first image on without gaps."""
+    def tidy(self) -> None:
+        """Remove the partial file of a finished cell, which a kill right after the last rename leaves."""
+        if self.part.exists() and os.access(self.part.parent, os.W_OK):
+            self.part.unlink(missing_ok=True)
+
+    def parts(self, code: dict | None = None) -> list[dict]:
+        """Finished batches of an interrupted run of the same code (None: of any), from the first on without gaps."""
         found: list[dict] = []
         lines = self.part.read_bytes().split(b"\n")[:-1] if self.part.exists() else []
         for line in lines:
             try:
                 batch = json.loads(line)
-                if batch["code"] == code and batch["start"] == sum(len(earlier["predicted"]) for earlier in found):
-                    found.append(batch)
+                whole = batch["digest"] == digest_of(batch) and isinstance(batch["answers"], dict)
             except (ValueError, TypeError, KeyError) as error:
                 raise _unusable(self.part, "one of its lines is not a batch of this store") from error
+            if not whole:
+                raise _unusable(self.part, "one of its lines was changed or damaged")
+            if (code is None or batch["provenance"] == code) and batch["start"] == (found[-1]["stop"] if found else 0):
+                found.append(batch)
         return found
 
-    def resume(self, code: str) -> list[dict]:
-        """As `batches`, and the partial file now holds these and nothing else."""
-        found = self.batches(code)
+    def resume(self, code: dict) -> list[dict]:
+        """As `parts`, and the partial file now holds these and nothing else."""
+        found = self.parts(code)
         write_whole(self.part, "".join(json.dumps(batch) + "\n" for batch in found))
         return found
 
-    def append(self, batch: dict) -> None:
+    def append(self, batch: dict) -> dict:
         """Add one finished batch to the partial file."""
-        with self.part.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(batch) + "\n")
+        try:
+            with self.part.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(signed(batch)) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"cannot write {str(self.part)!r} ({error.strerror}); make some room and run again"
+            ) from error
+        return batch
+
+    def claimed(self, wait: bool) -> AbstractContextManager[bool]:
+        """Hold the cell, so that no two processes measure it; without `wait`, False if another one does."""
+        return locked(self.path.parent / "locks" / self.path.stem, wait)
 
 
 class Store:
     """A folder of results: `runs`, or where ROBUSTCLIP_RUNS points."""
 
-    def __init__(self, root: str | Path | None = None) -> None:
-        self.root = Path(root or os.environ.get("ROBUSTCLIP_RUNS") or "runs").expanduser()
+    def __init__(self, root: "Store | str | Path | None" = None) -> None:
+        chosen = root.root if isinstance(root, Store) else root
+        self.root = Path(chosen or os.environ.get("ROBUSTCLIP_RUNS") or "runs").expanduser()
 
-    @classmethod
-    def of(cls, where: "Store | str | Path | None") -> "Store":
-        """A store as it is, or the one in a folder."""
-        return where if isinstance(where, Store) else cls(where)
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
 
-    def entry(self, scale: str, key: str) -> Entry:
-        """Where the cell called `key` is kept."""
-        return Entry(self.root / scale / f"{key}.json")
+    def cell(self, scale: str, key: str) -> CellFiles:
+        """The files of the cell called `key`."""
+        return CellFiles(self.root / scale / f"{key}.json")
 
     def records(self, scale: str) -> list[dict]:
-        """All finished results of a scale, in a fixed order."""
-        return [Entry(path).read() for path in sorted((self.root / scale).glob("*.json"))]
+        """All finished results of a scale that can be read, in a fixed order; `status` tells of the others."""
+        found = []
+        for path in sorted((self.root / scale).glob("*.json")):
+            try:
+                found.append(CellFiles(path).read())
+            except OSError:
+                continue
+        return found
 
-    def status(self) -> pd.DataFrame:
-        """One row per file: its state (done, stale, partial, corrupt), cell, number of images done, date, problem."""
-        cell = ("scale", "model", "role", "attack", "attacker", "defense", "eps", "n", "seed")
-        rows = [_row(path) for end in (".json", PART) for path in sorted(self.root.glob(f"*/*{end}"))]
+    def status(self, is_stale: Any) -> pd.DataFrame:
+        """One row per file: its state (done, stale, partial, corrupt, leftover), cell, images done, date, problem."""
+        cell = ("scale", "model", "role", "task", "attack", "attacker", "defense", "eps", "n", "seed")
+        rows = [_row(path, is_stale) for end in (".json", PART) for path in sorted(self.root.glob(f"*/*{end}"))]
+        rows += [{"state": "leftover", "scale": path.parent.name, "file": str(path), "problem": ""}
+                 for path in leftovers(self.root)]  # fmt: skip
         return pd.DataFrame(rows, columns=["state", *cell, "done", "date", "file", "problem"])
+
+    def clean(self) -> int:
+        """Remove temporary files that killed processes left; returns how many."""
+        old = leftovers(self.root)
+        for path in old:
+            path.unlink(missing_ok=True)
+        return len(old)
 
 
 Where = Store | str | Path | None  # of results: a store, its folder, or the default one
 
 
-def _row(path: Path) -> dict:
+def _row(path: Path, is_stale: Any) -> dict:
     """What one file of a store holds."""
     row = {"scale": path.parent.name, "file": str(path), "problem": ""}
     try:
         if path.name.endswith(PART):
-            found = Entry(path.with_name(path.name.removesuffix(PART) + ".json")).batches(code_digest())
+            found = CellFiles(path.with_name(path.name.removesuffix(PART) + ".json")).parts()
             about = found[0]["cell"] if found else {}
-            return row | about | {"state": "partial", "done": sum(len(batch["predicted"]) for batch in found)}
-        record = Entry(path).read()
+            return row | about | {"state": "partial", "done": found[-1]["stop"] if found else 0}
+        record = CellFiles(path).read()
+        state = "stale" if is_stale(record) else "done"
+        return row | record["cell"] | {"state": state, "done": record["cell"]["n"], "date": record["date"]}
     except OSError as error:
         return row | {"state": "corrupt", "problem": str(error)}
-    state = "done" if record["code"] == code_digest() else "stale"
-    return row | record["cell"] | {"state": state, "done": len(record["correct"]), "date": record["date"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        return row | {"state": "corrupt", "problem": str(_unusable(path, f"it lacks what a result has ({error!r})"))}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` so that readers see the old file or the new one, never half of it."""
-    temporary = check_folder(path.parent) / f"{path.name}.{os.getpid()}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def signed(record: dict) -> dict:
+    """The record with a digest of all the rest."""
+    return record | {"digest": digest_of(record)}
 
 
-def _digest(record: dict) -> str:
+def digest_of(record: Mapping[str, Any]) -> str:
     """Digest of everything in a record but the digest itself."""
     body = {name: value for name, value in record.items() if name != "digest"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
@@ -175,5 +170,7 @@ def _digest(record: dict) -> str:
 
 def _unusable(path: Path, problem: str) -> OSError:
     """The error for a file that cannot be read; it is left where it is."""
-    return OSError(f"cannot use {str(path)!r}: {problem}. Nothing was deleted; move it aside with "
-                   f"`mv {path} {path}.bad` and run again")  # fmt: skip
+    move = f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.bad')}"
+    return OSError(
+        f"cannot use {str(path)!r}: {problem}. Nothing was deleted; move it aside with `{move}` and run again"
+    )

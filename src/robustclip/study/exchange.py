@@ -1,0 +1,223 @@
+"""Results that travel: export what was measured, measure it again, confirm that a change of code changed no answer."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save
+
+from robustclip.checks import check_folder
+from robustclip.component import identity
+from robustclip.data.sources import facts as data_facts
+from robustclip.files import write_whole
+from robustclip.progress import progress
+from robustclip.study import shipped as files
+from robustclip.study.bench import TRAINED
+from robustclip.study.cells import Cell
+from robustclip.study.evaluate import evaluate, is_stale
+from robustclip.study.provenance import current, digests
+from robustclip.study.scales import Scale
+from robustclip.study.store import Store, Where
+from robustclip.study.trained import FACTS, retrace
+
+SAMPLE = 3  # cells that are measured again for each component that changed
+FIELDS = ["model", "role", "task", "attack", "attacker", "defense", "eps", "n", "seed"]
+
+
+def artifact(
+    scale: Scale, name: str, parts: Any, compute: Callable[[], dict[str, np.ndarray]], code: Sequence[Any] = (),
+    store: Where = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Small arrays that a figure needs: stored, shipped, or else computed now and stored.
+
+    They are named by `name`, by `parts` (components and plain values they depend on) and by the `code` that makes them.
+    """
+    told = json.dumps([name, identity(parts), digests(*code)], sort_keys=True)
+    key = sha256(told.encode()).hexdigest()[:32]
+    path = Store(store).root / scale.name / "artifacts" / f"{key}.safetensors"
+    if path.is_file():
+        return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    if (found := files.shipped_arrays(scale.name, key)) is None:
+        found = {name: np.ascontiguousarray(array) for name, array in compute().items()}
+        write_whole(path, save({name: torch.from_numpy(array) for name, array in found.items()}))
+    return found
+
+
+def export(
+    scale: str, stores: Sequence[Where] = (None,), folder: str | Path | None = None, fresh: bool = False
+) -> pd.DataFrame:
+    """Write what some stores hold of a scale to `folder/scale`, next to what is shipped there already.
+
+    Of each cell the newest record counts; `fresh` forgets what is shipped. Returns one row per file: what it holds, how
+    much of it, its bytes.
+    """
+    stores = [Store(one) for one in stores]
+    target = Path(folder or files.shipped_folder() or "results") / scale
+    old = [] if fresh else files.shipped_records(scale)
+    cells = list(files.merged(stores, scale, old).values())
+    trained = [] if fresh else files.shipped_models(scale).to_dict("records")
+    trained += [facts for store in stores for facts in _trained(store, scale)]
+    arrays = {path.stem: {name: tensor.numpy() for name, tensor in load_file(path).items()}
+              for store in stores for path in (store.root / scale / "artifacts").glob("*.safetensors")}  # fmt: skip
+    pages = [page for store in stores for page in (store.root / scale / "verdicts").rglob("*.*")]
+    if not (cells or trained or arrays or pages):
+        places = ", ".join(str(store.root / scale) for store in stores)
+        raise ValueError(f"nothing to export of scale {scale!r} in {places}; measure some cells, or name another store")
+    check_folder(target)
+    written = [("cells", len(cells), files.write_cells(target, cells))]
+    written.append(
+        ("models", len(trained), files.write_models(target, {one["digest"]: one for one in trained}.values()))
+    )
+    if arrays:
+        written.append(("artifacts", len(arrays), files.write_arrays(target, arrays)))
+    written.append(("known", len(cells), files.write_json(target, files.KNOWN, _known(cells))))
+    for page in pages:
+        place = target / "verdicts" / page.parent.name / page.name
+        shutil.copyfile(page, check_folder(place.parent) / page.name)
+        written.append((f"verdicts of {page.parent.name}/{page.stem}", 1, place))
+    rows = [(what, count, str(path), path.stat().st_size) for what, count, path in written]
+    return pd.DataFrame(rows, columns=["what", "count", "file", "bytes"])
+
+
+def _trained(store: Store, scale: str) -> list[dict]:
+    paths = sorted((store.root / scale / "models").glob(f"*/{FACTS}"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _known(cells: Iterable[dict]) -> dict:
+    """Facts of the data that cells are of, and digests of the models that go by a name."""
+    found = {"data": {}, "models": {}}
+    for record in cells:
+        made = record["made_by"]
+        if made is None:
+            continue
+        cell = Cell.again(made)
+        place = (cell.role, cell.scale.source)
+        if "/".join(place) not in found["data"]:
+            found["data"]["/".join(place)] = data_facts(*place)
+        if isinstance(cell.spec, str):
+            found["models"][cell.spec] = record["checkpoint"]
+    return found
+
+
+def reproduce(
+    scale: str, shard: tuple[int, int] = (1, 1), store: Where = None, device: str = "auto", count: int | None = None
+) -> pd.DataFrame:
+    """Measure shipped cells again, into the store, and compare all answers: one row per cell, `flips` differ.
+
+    `shard` = (i, n) takes the i-th of n parts; `count` a random sample of so many. What the store holds is not measured
+    again. Cells made of a notebook's own parts are left to their notebook.
+    """
+    records = [record for record in files.shipped_records(scale) if record["made_by"] is not None]
+    records = records[shard[0] - 1 :: shard[1]]
+    if count is not None:
+        picks = np.random.default_rng().permutation(len(records))[:count]
+        records = [records[place] for place in sorted(picks)]
+    if not records:
+        raise ValueError(
+            f"nothing is shipped of scale {scale!r}; measure it first, with the notebooks or `robustclip run`"
+        )
+    return _again(records, store, device)
+
+
+def _again(records: Sequence[dict], store: Where, device: str) -> pd.DataFrame:
+    """Measure the cells of some records and compare their answers."""
+    order = sorted(
+        records, key=lambda record: (record["cell"]["role"], record["cell"]["model"], record["cell"]["attack"])
+    )
+    rows = []
+    for record in progress(order, "again", unit="cell"):
+        cell = Cell.again(record["made_by"])
+        now = evaluate([cell], store, device, fresh=True).iloc[0]
+        answers = Store(store).cell(cell.scale.name, now["key"]).read()["answers"]
+        same_key = now["key"] == record["key"]
+        flips = sum(one != other for name, own in record["answers"].items()
+                    for one, other in zip(own, answers[name], strict=True)) if same_key else None  # fmt: skip
+        rows.append({name: record["cell"][name] for name in FIELDS} | {"key": record["key"], "flips": flips})
+    return pd.DataFrame(rows)
+
+
+# --- confirming -------------------------------------------------------------------------------------------------------
+
+
+def confirm(scale: str, store: Where = None, device: str = "auto", folder: str | Path | None = None) -> pd.DataFrame:
+    """Measure a sample of the stale shipped cells again; where every answer is equal, map old digests of code to new.
+
+    At least three cells for each component that changed, the cheapest of different roles and models first, and the
+    first updates of one training per recipe. One flip, and all cells with that change are due again. The map is kept in
+    `confirmed.json` with what it rests on. One row per component: old, new, how many cells, flips, confirmed.
+    """
+    stale = [record for record in files.shipped_records(scale) if is_stale(record)]
+    changes: dict[tuple[str, str, str], list[dict]] = {}
+    for record in stale:
+        for name, old, new in _changed(record):
+            changes.setdefault((name, old, new), []).append(record)
+    evidence = {change: _sample(records) for change, records in changes.items() if not change[0].startswith(TRAINED)}
+    picked = {record["key"]: record for records in evidence.values() for record in records}
+    again = Store(Store(store).root / "confirm" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
+    flips = _again(list(picked.values()), again, device).set_index("key")["flips"] if picked else {}
+    rows = [_row(change, [flips[record["key"]] for record in records]) for change, records in evidence.items()]
+    rows += [_row(change, retraced) for change, retraced in _retraced(scale, changes).items()]
+    found = pd.DataFrame(rows, columns=["component", "old", "new", "cells", "flips", "confirmed"])
+    maps, date = files.confirmed(scale), datetime.now(UTC).isoformat(timespec="seconds")
+    for row in found[found["confirmed"]].itertuples():
+        maps.setdefault(row.component, {})[row.old] = {"new": row.new, "checked": row.cells, "date": date}
+    files.write_json(Path(folder or files.shipped_folder() or "results") / scale, files.CONFIRMED, maps)
+    return found
+
+
+def _changed(record: dict) -> list[tuple[str, str, str]]:
+    """Components of a record whose code is another now."""
+    found = []
+    for name, old in record["provenance"].items():
+        new = current(name.removeprefix(TRAINED))
+        if new is not None and new != old:
+            found.append((name, old, new))
+    return found
+
+
+def _sample(records: Sequence[dict]) -> list[dict]:
+    """Some records that can be measured again without training, the cheapest of each role and model first."""
+    able = [record for record in records if record["made_by"] is not None]
+    able.sort(key=lambda record: (_is_trained(record), record["forward"] + record["backward"], record["key"]))
+    strata: dict[tuple, list[dict]] = {}
+    for record in able:
+        strata.setdefault((record["cell"]["role"], record["cell"]["attack"]), []).append(record)
+    first = [records[0] for records in strata.values()]
+    rest = [record for records in strata.values() for record in records[1:]]
+    return [*first, *rest][:SAMPLE]
+
+
+def _is_trained(record: dict) -> bool:
+    return any(name.startswith(TRAINED) for name in record["provenance"])
+
+
+def _row(change: tuple[str, str, str], flips: Sequence[int | None]) -> dict:
+    """What the evidence for one change says: None where a cell has another name now."""
+    good = len(flips) > 0 and change[2] != "gone" and all(count == 0 for count in flips)
+    told = dict(zip(("component", "old", "new"), change, strict=True))
+    return told | {
+        "cells": len(flips),
+        "flips": sum(1 if count is None else count for count in flips),
+        "confirmed": good,
+    }
+
+
+def _retraced(scale: str, changes: dict) -> dict[tuple[str, str, str], list[int]]:
+    """For each change of code that trains, whether the first updates of one training are others now."""
+    found, seen = {}, {}
+    facts = {one["digest"]: one for one in files.shipped_models(scale).to_dict("records")}
+    for change, records in changes.items():
+        model = Cell.again(records[0]["made_by"]).spec if change[0].startswith(TRAINED) else None
+        if model is not None and model.digest in facts:
+            if model.digest not in seen:
+                seen[model.digest] = int(not retrace(model, facts[model.digest]))
+            found[change] = [seen[model.digest]]
+    return found
