@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from robustclip.study.retrieval import attacked_recalls, captions_of, ranks, recalls
 from torch import nn
 
 from robustclip import models
@@ -18,7 +19,6 @@ from robustclip.attacks.text import BertAttack, TextAttack
 from robustclip.component import component
 from robustclip.data.sources import load_samples
 from robustclip.study import retrieval
-from robustclip.study.retrieval import attacked_recalls, captions_of, ranks, recalls
 from robustclip.study.statistics import wilson
 
 

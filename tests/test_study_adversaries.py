@@ -5,11 +5,12 @@ import torch
 
 from robustclip import models
 from robustclip.attacks import PGD, SepAttack
-from robustclip.attacks.multimodal import predictions
+from robustclip.attacks.base import Target, predictions
 from robustclip.attacks.text import TextAttack
 from robustclip.audit import CHECKS
 from robustclip.component import component
 from robustclip.data.sources import load_samples
+from robustclip.defenses.base import as_defense
 from robustclip.models import ZeroShotClassifier
 from robustclip.study import Store, audit_cell, evaluate, grid, outcomes
 from study_fakes import Darken, FakeClip, Step
@@ -82,12 +83,12 @@ def test_an_image_stands_if_it_stands_in_every_pair(tmp_path, clip, reading, att
     row = evaluate(cells(clip, {"both": attack}, **options), tmp_path, batch_size=6).iloc[0]
     samples = load_samples("cifar10", n=12)
 
-    def defended(clip, prompts):
-        return defense(ZeroShotClassifier(clip, prompts))
+    def defended(classes):
+        return as_defense(defense)(ZeroShotClassifier(clip, classes))
 
-    seen = defended if attacker == "aware" else ZeroShotClassifier
-    pairs = attack.pairs(clip, samples.prompts, samples.images, samples.labels, seen)
-    stands = [predictions(pair, samples.labels, clip, defended) == samples.labels for pair in pairs]
+    target = Target(clip, samples.classes, as_defense(defense) if attacker == "aware" else None)
+    pairs = attack.pairs(target, samples.images, samples.labels)
+    stands = [predictions(pair, samples.labels, defended) == samples.labels for pair in pairs]
     assert len(pairs) == (3 if reading == "worst" else 1)
     assert outcomes(row, tmp_path).tolist() == torch.stack(stands).all(0).tolist()
     assert row["eps"] == 2 / 255

@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from robustclip.defenses.base import as_defense
-from robustclip.defenses.broken import Noisy
 
 from robustclip import _torchvision
 from robustclip.attacks import (
@@ -24,6 +22,8 @@ from robustclip.attacks import (
 )  # fmt: skip
 from robustclip.classes import Classes
 from robustclip.data.roles import role_names
+from robustclip.defenses.base import as_defense
+from robustclip.defenses.broken import Noisy
 from robustclip.study import Cell, grid, parse_eps, scale, scale_names
 from study_fakes import Darken, FakeClip, Paste, Step
 
