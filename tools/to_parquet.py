@@ -51,7 +51,7 @@ BLOCK = 1 << 20
 
 def convert(name: str, downloads: Path, target: Path, splits: Sequence[str] | None = None) -> dict[str, int]:
     """Write the splits of a role's data set below `target / name`; returns how many images each has."""
-    known = [split for split in SPLITS if split in DATASETS[name]]
+    known = [split for split in reversed(SPLITS) if split in DATASETS[name]]  # the small ones first
     for split in splits or ():
         check_choice(f"split of {name}", split, known)
     folder, counts = check_folder(target / name), {}
