@@ -1,6 +1,6 @@
 # Everything happens in .venv, made from the exact pins in requirements.lock. `make help` lists the targets.
 PYTHON ?= python3
-SCALE  ?= quick
+SCALE  ?=
 PORT   ?= 8000
 
 BIN   := .venv/bin
@@ -10,17 +10,17 @@ STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum |
 HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3'
 
 .DEFAULT_GOAL := help
-.PHONY: help book notebooks test lint format serve reproduce bench linkcheck lock clean
+.PHONY: help book notebooks test lint format serve reproduce export bench linkcheck lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-book: notebooks ## Run every notebook and render the book to _build/html (FORCE=1 runs them all again)
+book: notebooks ## Run the notebooks, render the book to _build/html (SCALE=photo; FRESH=1 measures everything again)
 	$(BIN)/jupyter-book build -q -W -n --keep-going --all --path-output . _build/executed
 	@echo "The book is at _build/html/index.html"
 
 notebooks: $(STAMP) ## Run every notebook that changed, to _build/executed
-	$(BIN)/python tools/execute.py $(if $(FORCE),--force)
+	$(BIN)/python tools/execute.py $(if $(FRESH),--fresh) $(if $(SCALE),-p scale $(SCALE))
 
 test: $(STAMP) ## Lint, unit tests with coverage, every notebook at small size, a book without warnings
 	@$(MAKE) --no-print-directory lint || { echo "0 passed, 1 failed (lint)"; exit 1; }
@@ -38,8 +38,11 @@ format: $(STAMP) ## Repair style and formatting, clear the outputs of notebooks
 serve: ## Show the built book at http://localhost:8000 (PORT=...)
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-reproduce: $(STAMP) ## Measure every cell of every table (SCALE=quick|full|photo|paper)
-	$(BIN)/robustclip reproduce --scale $(SCALE)
+reproduce: $(STAMP) ## Measure the cells of the shipped results again (SCALE=quick|full|photo|paper)
+	$(BIN)/robustclip reproduce $(if $(SCALE),--scale $(SCALE))
+
+export: $(STAMP) ## Write what was measured to results, from where it is shipped (SCALE=quick|full|photo|paper)
+	$(BIN)/robustclip export $(if $(SCALE),--scale $(SCALE))
 
 bench: $(STAMP) ## Time our attacks and their rivals side by side, to benchmarks/results (ONLY=image|text|attacks)
 	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY))

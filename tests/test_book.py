@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 import nbformat
@@ -20,7 +21,8 @@ PAGES = [
     path for path in (ROOT / "book").rglob("*") if path.suffix in {".md", ".ipynb"} and "/." not in path.as_posix()
 ]
 NOTEBOOKS = sorted(path.relative_to(ROOT).as_posix() for path in PAGES if path.suffix == ".ipynb")
-SMALL = ("-p", "n", "24", "-p", "scale", "tests/data/quick.toml")  # for the notebooks that have these parameters
+SHIPPED = (ROOT / "results" / "quick").is_dir()  # then pages read what the book shows, else they measure little
+SMALL = () if SHIPPED else ("-p", "n", "24", "-p", "scale", "tests/data/quick.toml")
 
 
 def tool(name: str):
@@ -42,7 +44,7 @@ def call(*command: object, **variables: object) -> None:
 
 @pytest.fixture(scope="session")
 def executed() -> Path:
-    """The executed book, at small size."""
+    """The executed book."""
     out = ROOT / "_build" / "test" / "executed"
     call(sys.executable, "tools/execute.py", "--out", out, *SMALL, ROBUSTCLIP_RUNS=out.with_name("runs"))
     return out
@@ -83,6 +85,34 @@ def test_parameters_are_typed_and_explained(name):
     for parameter in parameters.values():
         assert parameter["inferred_type_name"] != "None", f"{parameter['name']} has no annotation"
         assert parameter["help"], f"{parameter['name']} has no comment"
+
+
+def test_all_notebooks_have_the_same_install_cell_before_their_first_code():
+    first = []
+    for name in NOTEBOOKS:
+        code = [cell for cell in nbformat.read(ROOT / name, as_version=4).cells if cell.cell_type == "code"]
+        assert {"install", "remove-cell"} <= set(code[0].metadata.tags), name
+        first.append(code[0].source)
+    assert len(set(first)) == 1
+
+
+@pytest.mark.parametrize("on_colab", [False, True])
+def test_the_install_cell_acts_on_colab_only(monkeypatch, on_colab):
+    asked = []
+    shell = SimpleNamespace(run_line_magic=lambda *magic: asked.append(magic))
+    if on_colab:
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    exec(tool("clear_notebooks").install_cell().source, {"get_ipython": lambda: shell})
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    assert asked == [("pip", f"install -q git+{address}")] * on_colab
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_all_parameters_are_checked_right_after_they_are_set(name):
+    cells = nbformat.read(ROOT / name, as_version=4).cells
+    (place,) = [number for number, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
+    declared = papermill.inspect_notebook(str(ROOT / name))
+    assert all(f"{parameter}={parameter}" in cells[place + 1].source for parameter in declared)
 
 
 def test_every_page_is_in_the_table_of_contents():
@@ -127,13 +157,14 @@ def test_links_inside_the_book_lead_somewhere(html, pages):
                 assert (path.parent / unquote(address.path)).exists(), f"{path.relative_to(html)}: {address.path}"
 
 
-def test_notebooks_can_be_downloaded_and_opened_in_colab(html, pages):
+def test_notebooks_can_be_downloaded_and_opened_in_colab_and_on_binder(html, pages):
     for name in NOTEBOOKS:
         page = pages[html / Path(name).with_suffix(".html")]
         links = [tag["href"] for tag in page.select("a[href]")]
         assert any(
             link.startswith("https://colab.research.google.com/github/") and link.endswith(name) for link in links
         )
+        assert any(link.startswith("https://mybinder.org/v2/gh/") and name in unquote(link) for link in links)
         assert any(link.endswith(Path(name).name) and not link.startswith("http") for link in links)
 
 
@@ -161,7 +192,7 @@ def test_a_notebook_runs_once_until_something_changes(small_book):
     execute, root, write = small_book
     out = root / "out"
     write("n: int = 3  # a number", "print(n * 7)")
-    (job,) = execute.plan(out, {"n": 6, "unknown": 1})
+    (job,) = execute.plan(out, {"n": 6})
     assert not job.is_done()
     assert execute.run(job) is None
     assert job.is_done()
@@ -177,6 +208,35 @@ def test_a_notebook_runs_once_until_something_changes(small_book):
     assert not any(again.is_done() for again in execute.plan(out, {"n": 5}))
     (root / "src" / "changed.py").write_text("x = 1\n")
     assert not any(again.is_done() for again in execute.plan(out, {"n": 6}))
+
+
+def test_parameters_for_some_notebooks_and_for_none(small_book):
+    execute, root, write = small_book
+    write("n: int = 3  # a number")
+    (job,) = execute.plan(root / "out", {"n": 6, "book/o*:n": 7})
+    assert job.parameters == {"n": 7}
+    with pytest.raises(ValueError, match=r"parameter book/x\*:n, m"):
+        execute.plan(root / "out", {"n": 6, "m": 1, "book/x*:n": 7})
+
+
+@pytest.mark.filterwarnings("default")
+def test_warm_kernels_are_as_good_as_new_and_die_alone(small_book):
+    execute, root, write = small_book
+    write("n: int = 0  # a number", "import os\nos._exit(3)")
+    (root / "book" / "dead.ipynb").write_bytes((root / "book" / "one.ipynb").read_bytes())
+    write(
+        "n: int = 3  # a number",
+        "import sys, os\nprint('robustclip.study' in sys.modules, os.getcwd())",
+        "import torch\nprint(torch.ones(300, 300).matmul(torch.ones(300, 300)).sum().item())\nleft = 1",
+    )
+    (root / "book" / "two.ipynb").write_bytes((root / "book" / "one.ipynb").read_bytes())
+    (failure,) = execute.run_all(execute.plan(root / "out", {"n": 4}))
+    assert "book/dead.ipynb: DeadKernelError" in failure
+    for name in ("one", "two"):
+        notebook = nbformat.read(root / "out" / "book" / f"{name}.ipynb", as_version=4)
+        text = [output.text for cell in notebook.cells for output in cell.get("outputs", [])]
+        assert text == [f"{sys.platform == 'linux'} {root}\n", "27000000.0\n"]
+        assert notebook.metadata.kernelspec.name == "python3"
 
 
 @pytest.mark.filterwarnings("default")
@@ -203,7 +263,7 @@ def test_the_summary_of_a_part_runs_after_its_pages_and_whenever_one_of_them_doe
     todo = execute.due(execute.plan(root / "out", {}))
     assert sorted(job.name for job in todo) == ["book/a/summary.ipynb", "book/a/zebra.ipynb"]
     order = []
-    monkeypatch.setattr(execute, "run_together", lambda jobs: order.append([job.name for job in jobs]) or [])
+    monkeypatch.setattr(execute, "run_together", lambda jobs, *_: order.append([job.name for job in jobs]) or [])
     execute.run_all(todo)
     assert order == [["book/a/zebra.ipynb"], ["book/a/summary.ipynb"]]
     assert len(execute.due(execute.plan(root / "out", {}), force=True)) == 6

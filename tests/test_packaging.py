@@ -13,6 +13,7 @@ from importlib.metadata import metadata, version
 from importlib.resources import files
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -22,8 +23,8 @@ from packaging.utils import canonicalize_name
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def call(*command: object, cwd: Path) -> str:
-    result = subprocess.run([*map(str, command)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def call(*command: object, cwd: Path, env: dict[str, str] = ENVIRONMENT) -> str:
+    result = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, f"{command} failed\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -82,6 +83,24 @@ def test_assets_travel_in_the_wheel(wheel):
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
+def test_shipped_results_travel_in_the_wheel(root, wheel):
+    shipped = [path.relative_to(root) for path in (root / "results").rglob("*") if path.is_file()]
+    assert shipped
+    assert {f"robustclip/{path.as_posix()}" for path in shipped} <= set(zipfile.ZipFile(wheel).namelist())
+    assert wheel.stat().st_size < 20_000_000
+
+
+@pytest.mark.xfail(reason="pages look for shipped results in the present folder only", strict=False)
+def test_a_notebook_finds_shipped_results_with_nothing_but_the_wheel(root, installed, tmp_path):
+    empty = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    page = root / "book" / "mmcoa" / "summary.ipynb"
+    call(installed / "python", "-m", "papermill", "--no-progress-bar", page, "out.ipynb", cwd=tmp_path, env=empty)
+    outputs = [output for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+               for output in cell.get("outputs", [])]  # fmt: skip
+    assert not [output for output in outputs if output.output_type in {"error", "stream"}]
+    assert max(output.get("data", {}).get("text/html", "").count("<tr") for output in outputs) > 10
+
+
 def test_wheel_runs_one_cell(installed, tmp_path):
     where = call(installed / "python", "-c", "import robustclip; print(robustclip.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent), "the editable package shadows the wheel"
@@ -118,6 +137,14 @@ def test_every_pin_takes_the_oldest_python_we_promise(project, lock):
     oldest = re.search(r"[\d.]+", project["requires-python"])[0] + ".0"
     needs = {name: metadata(name).get("Requires-Python") or "" for name in lock}
     assert not {name: need for name, need in needs.items() if oldest not in SpecifierSet(need)}
+
+
+def test_binder_installs_the_pins_and_then_the_package(root):
+    folder = root / ".binder"
+    (line,) = [line for line in (folder / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert (folder / line.removeprefix("-r ")).resolve() == root / "requirements.lock"
+    assert (folder / "runtime.txt").read_text() == "python-3.11\n"
+    assert os.access(folder / "postBuild", os.X_OK)
 
 
 def test_readme_shows_the_two_commands(root):

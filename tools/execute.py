@@ -2,9 +2,9 @@
 
 Executed copies of the notebooks and all other sources of the book go to one folder, `_build/executed` unless told
 otherwise, from which Jupyter Book only renders. A copy from an earlier run is kept if the notebook, its parameters,
-the package, the reference results and the environment are all unchanged; `--force` runs everything again, from an
-empty store of results. What was measured on the way (seconds, versions, hardware) is written to `status.json` and to
-the tables that the book's status page shows.
+the package, the shipped results and the environment are all unchanged; `--fresh` runs everything again, without the
+shipped results and from an empty store. What was measured on the way (seconds, versions, hardware) is written to
+`status.json` and to the tables that the book's status page shows.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,12 +31,14 @@ import torch
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
+from warm_kernels import warm_kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     *("robustclip", "torch", "torchvision", "open_clip_torch", "transformers", "torchattacks", "textattack", "POT"),
     *("numpy", "pandas", "scikit-learn", "seaborn", "papermill", "jupyter-book"),
 )
-CELL_TIMEOUT = 1800  # seconds; a cell that takes longer hangs
+START_TIMEOUT, CELL_TIMEOUT = 300, 1800  # seconds; a kernel or a cell that takes longer hangs
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # kernels warn of local TCP, and of being told to end
 
 
@@ -82,7 +85,7 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def code_digest() -> str:
-    """A hash of what every notebook depends on: the package with its data files, and the reference results."""
+    """A hash of what every notebook depends on: the package with its data files, and the shipped results."""
     paths = [path for folder in ("src", "results") for path in (ROOT / folder).rglob("*")]
     return digest(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
 
@@ -103,21 +106,32 @@ def environment() -> dict[str, str]:
 
 
 def plan(out: Path, parameters: dict[str, object]) -> list[Job]:
-    """One job per notebook, with those of the parameters that the notebook declares."""
+    """One job per notebook, with those of the parameters that the notebook declares.
+
+    A key of `parameters` is a name, or a pattern of notebooks and a name, as in "book/foundations/*:n".
+    """
     common = [code_digest(), environment()]
-    jobs = []
+    jobs, used = [], set()
     for source in sources(".ipynb"):
-        declared = papermill.inspect_notebook(str(source))
-        own = {name: value for name, value in parameters.items() if name in declared}
+        declared, path = papermill.inspect_notebook(str(source)), source.relative_to(ROOT)
+        own = {}
+        for key, value in parameters.items():
+            pattern, _, name = key.rpartition(":")
+            if name in declared and fnmatch(path.as_posix(), pattern or "*"):
+                own[name] = value
+                used.add(key)
         key = json.dumps([digest([source]), own, *common], sort_keys=True).encode()
-        jobs.append(Job(source, out / source.relative_to(ROOT), own, hashlib.sha256(key).hexdigest()))
+        jobs.append(Job(source, out / path, own, hashlib.sha256(key).hexdigest()))
+    if unknown := sorted(parameters.keys() - used):
+        raise ValueError(f"no notebook of the book has a parameter {', '.join(unknown)}")
     return jobs
 
 
-def run(job: Job) -> str | None:
+def run(job: Job, kernel: str = "python3") -> str | None:
     """Run one notebook in the repository's root folder; return what went wrong, if anything did."""
     job.target.parent.mkdir(parents=True, exist_ok=True)
-    options = {"cwd": str(ROOT), "progress_bar": False, "execution_timeout": CELL_TIMEOUT, "extra_arguments": QUIET}
+    options = {"cwd": str(ROOT), "progress_bar": False, "extra_arguments": QUIET, "kernel_name": kernel}
+    options |= {"start_timeout": START_TIMEOUT, "execution_timeout": CELL_TIMEOUT}
     begin = datetime.now(UTC)
     try:
         notebook = papermill.execute_notebook(str(job.source), None, job.parameters, **options)
@@ -148,17 +162,18 @@ def due(jobs: list[Job], force: bool = False) -> list[Job]:
 
 def run_all(jobs: list[Job]) -> list[str]:
     """Run the jobs, summaries of a part after its pages, which tell them what they found; return what went wrong."""
-    pages, summaries = ([job for job in jobs if job.is_summary() == last] for last in (False, True))
-    return run_together(pages) + run_together(summaries)
-
-
-def run_together(jobs: list[Job]) -> list[str]:
-    """Run jobs side by side, the cores shared out among them; return what went wrong."""
     workers = max(1, min(os.cpu_count() or 1, len(jobs)))
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))  # inherited by the kernels
+    pages, summaries = ([job for job in jobs if job.is_summary() == last] for last in (False, True))
+    with warm_kernels() as kernel:
+        return run_together(pages, workers, kernel) + run_together(summaries, workers, kernel)
+
+
+def run_together(jobs: list[Job], workers: int, kernel: str) -> list[str]:
+    """Run jobs side by side; return what went wrong."""
     failures = []
     with ProcessPoolExecutor(workers) as pool:
-        running = {pool.submit(run, job): job for job in jobs}
+        running = {pool.submit(run, job, kernel): job for job in jobs}
         for future in as_completed(running):
             job, failure = running[future], future.result()
             failures += [failure] if failure else []
@@ -203,16 +218,21 @@ def main() -> None:
     """Run what has to run, then lay the book out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "_build" / "executed", help="where the executed book goes")
-    parser.add_argument("--force", action="store_true", help="run also what has not changed")
+    parser.add_argument("--fresh", action="store_true", help="run and measure everything again")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                        help="a parameter, for the notebooks that have one of this name")  # fmt: skip
+                        help="a parameter, for the notebooks that have one of this name; "
+                             "'book/foundations/*:NAME' is for some of them")  # fmt: skip
     arguments = parser.parse_args()
     parameters = {name: yaml.safe_load(value) for name, value in arguments.parameter}
-    jobs = plan(arguments.out, parameters)
+    try:
+        jobs = plan(arguments.out, parameters)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     with TemporaryDirectory() as empty:
-        if arguments.force:
-            os.environ["ROBUSTCLIP_RUNS"] = empty  # measured results are made again, too
-        failures = run_all(due(jobs, arguments.force))
+        if arguments.fresh:
+            os.environ |= {"ROBUSTCLIP_RUNS": empty, "ROBUSTCLIP_FRESH": "1"}
+        todo = due(jobs, arguments.fresh)
+        failures = run_all(todo) if todo else []
     if failures:
         sys.exit("\n\n".join(failures) + f"\n\n{len(failures)} of {len(jobs)} notebooks failed")
     lay_out(arguments.out)
