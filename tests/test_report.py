@@ -560,9 +560,7 @@ def boxes(axis):
         label.set_rotation(0)
         size = label.get_window_extent()
         label.set_rotation(math.degrees(turned))
-        left, top = (x - size.width, y) if turned else (x - size.width / 2, y)
-        if label.get_ha() == "center" and turned:  # upright: centered below its tick
-            left, top = x - size.width, y + size.height / 2
+        left, top = (x - size.width, y + size.height / 2) if turned else (x - size.width / 2, y)
         found.append((left, left + size.width, top - size.height, top))
     return found
 
@@ -592,7 +590,7 @@ def test_another_run_is_drawn_faintly_over_the_reference(sweep):
     assert [text.get_text() for text in chart.legends[0].get_texts()] == ["clip", "TeCoA", "overlay (scale: quick)"]
     assert [line.get_ydata().tolist() for line in chart.axes[0].get_lines() if line.get_marker() == "o"] == [
         [50, 50],
-        [20, 20],
+        [35, 35],
     ]
     for draw in (report.bars, report.curves):
         alone = draw(one.iloc[:0], overlay=one[one["dataset"] == "CIFAR10"])
@@ -603,10 +601,11 @@ def test_forest_draws_printed_and_measured_effects():
     rows = pd.DataFrame(claim("C1", "supported", ("a", 9.0, "agree"), ("b", -3.0, "open")))
     figure = report.forest(rows.assign(claim=rows["id"], printed=[12.0, np.nan], scale="full"))
     (axis,) = figure.axes
-    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["C1", "a", "b"]
-    points = [line.get_xdata()[0] for line in axis.get_lines() if line.get_marker() in ("o", "D")]
-    assert points[:3] == [9.0, 12.0, -3.0]
-    spans = [bar.get_segments()[0][:, 0].tolist() for bar in axis.collections]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b", "C1"]
+    points = {line.get_marker(): list(line.get_xdata()) for line in axis.get_lines()}
+    assert points["o"] == [9.0, -3.0]
+    assert points["D"][0] == 12.0
+    spans = [bar[:, 0].tolist() for bar in axis.collections[0].get_segments()]
     assert spans == [[7.0, 11.0], [-5.0, -1.0]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["printed", "measured"]
     assert "(scale: full)" in figure.get_suptitle()

@@ -90,9 +90,11 @@ def show(figure: Figure, alt: str, caption: str = "") -> Picture:
     plt.close(figure)  # else a notebook shows it a second time, without the words
     svg = io.StringIO()
     with style():
-        for axis in figure.axes:
+        figure.draw_without_rendering()
+        for axis in (axis for axis in figure.axes if axis.axison):
             _untangle(axis)
         figure.savefig(canvas := io.BytesIO(), dpi=2 * INCH)
+        figure.set_layout_engine("none")  # everything has its place now
         if not any(axis.images for axis in figure.axes):
             figure.savefig(svg, format="svg", metadata={"Date": None})
     image = Image.open(canvas).convert("RGB")
@@ -100,9 +102,8 @@ def show(figure: Figure, alt: str, caption: str = "") -> Picture:
         image.reduce(coarse).save(file := io.BytesIO(), kind, **options)
         if file.tell() <= LIMIT:
             break
-    words_below = tuple(figure.get_label().splitlines())
-    small = svg.getvalue() if svg.tell() <= LIMIT else ""
-    return Picture(file.getvalue(), kind, image.width // 2, alt, caption or figure.get_suptitle(), words_below, small)
+    chart, notes = svg.getvalue() if svg.tell() <= LIMIT else "", tuple(figure.get_label().splitlines())
+    return Picture(file.getvalue(), kind, image.width // 2, alt, caption or figure.get_suptitle(), notes, chart)
 
 
 def curves(
@@ -155,8 +156,7 @@ def bars(
     `overlay`, a frame of another scale or run, is drawn as faint circles; as bars, if `frame` has no rows.
     """
     frame, overlay = (overlay, None) if frame.empty and overlay is not None else (frame, overlay)
-    for part in (frame, overlay):
-        words.check_unique(frame if part is None else part, [x, hue], y)
+    words.check_unique(frame, [x, hue], y)
     groups, names = list(frame[x].unique()), list(frame[hue].unique())
     width = 0.8 / len(names)
     with style():
@@ -182,23 +182,19 @@ def forest(frame: pd.DataFrame, unit: str = "gain in accuracy (points)", title: 
 
     Columns: `claim`, `what`, `value`, `low`, `high`, `printed` and `scale`; NaN is not drawn.
     """
+    group = frame.groupby("claim", sort=False).ngroup()
+    places = pd.Series(range(1, len(frame) + 1), index=frame.index) + group  # a line for the name of each claim
+    heads = places.groupby(frame["claim"], sort=False).min() - 1
     with style():
-        figure = Figure(figsize=(6.4, 1.3 + 0.23 * (len(frame) + frame["claim"].nunique())))
-        axis, place, ticks = figure.subplots(), 0, {}
-        for claim, part in frame.groupby("claim", sort=False):
-            ticks[place] = claim
-            for row in part.to_dict("records"):
-                place += 1
-                ticks[place] = row["what"]
-                ends = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
-                axis.errorbar(row["value"], place, xerr=ends, fmt="o", color=COLORS[0], label="measured", capsize=2)
-                axis.plot(row["printed"], place, "D", color=COLORS[1], mfc="none", label="printed")
-            place += 1
-        axis.set_yticks(list(ticks), list(ticks.values()))
-        for tick in axis.get_yticklabels():
-            tick.set_fontweight("bold" if tick.get_text() in set(frame["claim"]) else "normal")
-        axis.set(ylim=(place - 0.4, -0.6), xlabel=unit)
+        figure = Figure(figsize=(6.4, 1.3 + 0.23 * (len(places) + len(heads))))
+        axis, ends = figure.subplots(), [frame["value"] - frame["low"], frame["high"] - frame["value"]]
+        axis.errorbar(frame["value"], places, xerr=ends, fmt="o", color=COLORS[0], capsize=2, label="measured")
+        axis.plot(frame["printed"], places, "D", color=COLORS[1], mfc="none", label="printed")
         axis.axvline(0, color="0.3", linewidth=0.8)
+        axis.set_yticks([*places, *heads], [*frame["what"], *heads.index])
+        for tick in axis.get_yticklabels()[len(places) :]:
+            tick.set_fontweight("bold")
+        axis.set(ylim=(places.max() + 0.6, -0.6), xlabel=unit)
         axis.grid(False, axis="y")
         return _finish(figure, frame, [], "", title)
 
@@ -258,21 +254,15 @@ def _faint(overlay: pd.DataFrame) -> str:
 
 def _untangle(axis: Axes) -> None:
     """Turn the tick labels of the x axis, and abbreviate long ones, if one would run into its neighbor."""
-    axis.figure.draw_without_rendering()
     low, high = sorted(axis.get_xlim())
     labels = [label for label in axis.get_xticklabels() if label.get_text() and low <= label.get_position()[0] <= high]
     boxes = [label.get_window_extent() for label in labels]
     if any(label.get_rotation() for label in labels) or not any(a.overlaps(b) for a, b in pairwise(boxes)):
         return
-    gap = min(b.x0 + b.x1 - a.x0 - a.x1 for a, b in pairwise(boxes)) / 2
-    tall = 1.1 * max(box.height for box in boxes)
-    turn = 40 if tall < gap * math.sin(math.radians(40)) else 90
+    gap, tall = min(b.x0 + b.x1 - a.x0 - a.x1 for a, b in pairwise(boxes)) / 2, max(box.height for box in boxes)
+    turn = 40 if 1.1 * tall < gap * math.sin(math.radians(40)) else 90
     texts = [textwrap.shorten(label.get_text(), 24, placeholder="…") for label in labels]
-    look = {
-        "rotation": turn,
-        "ha": "right" if turn == 40 else "center",
-        "rotation_mode": "anchor" if turn == 40 else "default",
-    }
+    look = {"rotation": turn, "ha": "right", "va": "center", "rotation_mode": "anchor"}
     axis.set_xticks([label.get_position()[0] for label in labels], texts, **look)
 
 
@@ -283,10 +273,8 @@ def _finish(figure: Figure, frame: pd.DataFrame, shown: list[str], y: str, title
     if y:
         figure.supylabel(words.UNITS.get(y, y), fontsize="medium")
     figure.suptitle(f"{title} ({words.scale_of(frame)})".strip(), fontsize="medium")
-    known = {
-        name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    known = dict(sorted(known.items(), key=lambda item: item[0].startswith("overlay")))
+    drawn = [pair for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    known = {name: handle for handle, name in sorted(drawn, key=lambda pair: pair[1].startswith("overlay"))}
     columns = max(1, int(figure.get_figwidth() / (0.6 + 0.07 * max(map(len, known)))))
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.set_label("\n".join(words.notes(frame, shown, y) if y else ""))  # `show` puts it below the picture
