@@ -9,6 +9,7 @@ from robustclip.study.claims import (
     judge,
     keep_verdicts,
     kept_verdicts,
+    room,
     verdict_table,
 )
 from robustclip.study.evaluate import audit_cell, evaluate, is_stale, outcomes, reference
@@ -18,15 +19,23 @@ from robustclip.study.provenance import digests, versions
 from robustclip.study.reported import compare, named, reported, reported_papers
 from robustclip.study.scales import Scale, parse_eps, scale, scale_names
 from robustclip.study.shipped import shipped_folder
-from robustclip.study.statistics import Estimate, mcnemar, mean_interval, paired_difference, wilson
+from robustclip.study.statistics import (
+    Estimate,
+    hierarchical,
+    macro,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    wilson,
+)
 from robustclip.study.store import Store
 from robustclip.study.trained import Tuned, fine_tuned, model_name, plan_training, training_facts
 
 __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Tuned", "Verdict", "artifact",
-    "audit_cell",
-    "compare", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid", "is_stale", "judge", "keep_verdicts",
-    "kept_verdicts", "mcnemar", "mean_interval", "model_name", "named", "outcomes", "paired_difference", "parse_eps",
-    "plan", "plan_training", "reference", "reported", "reported_papers", "reproduce", "scale", "scale_names",
-    "shipped_folder", "training_facts", "verdict_table", "versions", "wilson",
+    "audit_cell", "compare", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid", "hierarchical",
+    "is_stale", "judge", "keep_verdicts", "kept_verdicts", "macro", "mcnemar", "mean_interval", "model_name",
+    "named", "outcomes", "paired_difference", "parse_eps", "plan", "plan_training", "reference", "reported",
+    "reported_papers", "reproduce", "room", "scale", "scale_names", "shipped_folder", "training_facts",
+    "verdict_table", "versions", "wilson",
 ]  # fmt: skip

@@ -5,17 +5,30 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from robustclip.checks import check_range
 
+Z = float(stats.norm.ppf(0.975))
+
 
 class Estimate(NamedTuple):
-    """A value in percent (or points) with its confidence interval."""
+    """A value in percent (or points) with its 95 % confidence interval, from which `z` has its standard errors."""
 
     value: float
     low: float
     high: float
+
+    def z(self, above: float | None = None, below: float | None = None) -> float:
+        """How many standard errors the value lies inside its bounds: negative outside, 0 where the interval is NaN.
+
+        The standard error towards a bound is the half of the interval on that side over 1.96, so that |z| is 1.96 where
+        the interval touches the bound. An interval without width is exact, and z infinite.
+        """
+        down, up = self.value - self.low, self.high - self.value
+        inside = [] if above is None else [_errors(self.value - above, down, up)]
+        return min(inside + ([] if below is None else [_errors(below - self.value, up, down)]))
 
 
 def wilson(correct: int, n: int, level: float = 0.95) -> Estimate:
@@ -68,6 +81,76 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
         quantile = stats.t.ppf((1 + check_range("level", level, 0, 1)) / 2, len(numbers) - 1)
         half = float(quantile * stats.sem(numbers))
     return Estimate(mean, mean - half, mean + half)
+
+
+def hierarchical(first: ArrayLike, second: ArrayLike | None = None, draws: int = 4000, seed: int = 0) -> Estimate:
+    """Accuracy over training seeds and images, or that of the first minus the second, with a bootstrap interval.
+
+    Outcomes are (seeds, images), or (images,) of one seed, on the same images. Where both have several seeds these are
+    pairs; one seed is paired with each of the other's. The interval of one seed says nothing about other seeds.
+    """
+    return macro([first], None if second is None else [second], draws, seed)
+
+
+def macro(
+    first: Sequence[ArrayLike], second: Sequence[ArrayLike] | None = None, draws: int = 4000, seed: int = 0
+) -> Estimate:
+    """Mean over roles of what `hierarchical` estimates: equal weight per role, however many images each has.
+
+    A draw takes S - 1 of S seeds with replacement, the same for all roles (S of them would make the variance over seeds
+    too small by (S - 1) / S), and new images of each role. Two right and two wrong images are added to draw from, for
+    differences half a one for each side and one for neither (Agresti and Coull 1998; Agresti and Min 2005): so the
+    interval has a width even if all images agree.
+    """
+    check_range("draws", draws, 100)
+    others = [None] * len(first) if second is None else second
+    if not len(first) or len(first) != len(others):
+        raise ValueError(
+            f"give outcomes of at least one role, and of the same roles, not {len(first)} and {len(others)}"
+        )
+    roles = list(map(_differences, first, others))
+    random, count = np.random.default_rng(seed), len(roles[0])
+    if any(len(role) != count for role in roles):
+        raise ValueError(f"seeds must be the same for all roles, got {[len(role) for role in roles]} of them")
+    drawn = max(count - 1, 1)
+    shares = random.multinomial(drawn, np.full(count, 1 / count), size=draws) / drawn
+    pseudo = {1: 2, 0: 2} if second is None else {1: 0.5, -1: 0.5, 0: 1}
+    means = 100 * np.mean([_redrawn(role, pseudo, shares, random) for role in roles], axis=0)
+    value = 100 * float(np.mean([role.mean() for role in roles]))
+    low, high = np.quantile(means - means.mean() + value, [0.025, 0.975])
+    return Estimate(value, max(float(low), 0.0 if second is None else -100.0), min(float(high), 100.0))
+
+
+def _errors(inside: float, toward: float, away: float) -> float:
+    """A distance from a bound in standard errors, by the half of the interval on the side where the bound lies."""
+    half = toward if inside > 0 else away
+    if math.isnan(half + inside):
+        return 0.0
+    return Z * inside / half if half > 0 else math.copysign(math.inf, inside or -1.0)
+
+
+def _differences(first: ArrayLike, second: ArrayLike | None) -> np.ndarray:
+    """Outcomes (seeds, images) as numbers, or those of the first minus those of the second."""
+    a, b = (np.atleast_2d(np.asarray(side)) for side in (first, 0 if second is None else second))
+    if a.ndim != 2 or not a.size or (second is not None and (a.shape[1] != b.shape[1] or 1 != len(a) != len(b) != 1)):
+        raise ValueError(f"outcomes must be (seeds, images) of the same images and seeds, got {a.shape} and {b.shape}")
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError("outcomes must be 0 or 1 for each image")
+    return a.astype(np.int8) - b.astype(np.int8)
+
+
+def _redrawn(
+    outcomes: np.ndarray, pseudo: dict[int, float], shares: np.ndarray, random: np.random.Generator
+) -> np.ndarray:
+    """Means (draws,) over images drawn again, each image the mean over seeds by their shares (draws, seeds).
+
+    Images of the same outcomes are alike, so that what is drawn is how many there are of each kind.
+    """
+    kinds, counts = np.unique(outcomes, axis=1, return_counts=True)
+    extra = np.repeat(np.array([list(pseudo)]), len(outcomes), axis=0)
+    kinds, weights = np.hstack([kinds, extra]), np.concatenate([counts, list(pseudo.values())])
+    drawn = random.multinomial(counts.sum(), weights / weights.sum(), size=len(shares))
+    return (shares @ kinds * drawn).sum(axis=1) / counts.sum()
 
 
 def _table(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, int, int]:
