@@ -30,12 +30,12 @@ def fast(clip: Clip, precision: str = "bfloat16") -> Clip:
 
 def fast_classifier(classifier: ZeroShotClassifier, precision: str = "bfloat16") -> ZeroShotClassifier:
     """The same prompts and the same text features on the twin of the classifier's CLIP."""
-    return _relative(ZeroShotClassifier, classifier, clip=fast(classifier.clip, precision))
+    return _sharing(ZeroShotClassifier, classifier, clip=fast(classifier.clip, precision))
 
 
 def _twin(clip: Clip, dtype: torch.dtype) -> Clip:
     tower = _tower(clip.network.visual, dtype)
-    twin = _relative(_Twin, clip, network=_relative(type(clip.network), clip.network, visual=tower))
+    twin = _sharing(_Twin, clip, network=_sharing(type(clip.network), clip.network, visual=tower))
     twin._kept = ((), {})
     return twin
 
@@ -66,11 +66,11 @@ class _Twin(Clip):
         return -(-n // step) * step
 
 
-def _relative(kind: type[nn.Module], module: nn.Module, **children: nn.Module) -> nn.Module:
+def _sharing(kind: type[nn.Module], module: nn.Module, **children: nn.Module) -> nn.Module:
     """A module of class `kind` that shares everything with `module` but these children."""
-    relative = kind.__new__(kind)
-    relative.__dict__ = {**vars(module), "_modules": {**module._modules, **children}, "training": False}
-    return relative
+    other = kind.__new__(kind)
+    other.__dict__ = {**vars(module), "_modules": {**module._modules, **children}, "training": False}
+    return other
 
 
 @torch.no_grad()
@@ -81,11 +81,11 @@ def _tower(visual: nn.Module, dtype: torch.dtype) -> nn.Module:
         _fold(module)
     modules = dict(tower.named_modules())
     convolutions = {name: module for name, module in modules.items() if type(module) is nn.Conv2d}
-    doors = {name: copy.deepcopy(one).float() for name, one in convolutions.items() if one.in_channels == 3}
-    tower.to(dtype=dtype if doors else None, memory_format=torch.channels_last)
+    first = {name: copy.deepcopy(one).float() for name, one in convolutions.items() if one.in_channels == 3}
+    tower.to(dtype=dtype if first else None, memory_format=torch.channels_last)
     for name, module in modules.items():
-        if name in doors:
-            tower.set_submodule(name, _door(doors[name], dtype))
+        if name in first:
+            tower.set_submodule(name, _over_pixels(first[name], dtype))
         elif type(module).__name__ in PACKED:
             tower.set_submodule(name, PACKED[type(module).__name__](module))
     return tower
@@ -102,7 +102,7 @@ def _fold(module: nn.Module) -> None:
             setattr(module, norm_name, nn.Identity())
 
 
-def _door(convolution: nn.Conv2d, dtype: torch.dtype) -> nn.Module:
+def _over_pixels(convolution: nn.Conv2d, dtype: torch.dtype) -> nn.Module:
     """The module that pixels enter by."""
     side = convolution.kernel_size
     patches = side == convolution.stride and side[0] > 1 and convolution.padding == (0, 0)

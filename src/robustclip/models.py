@@ -385,34 +385,35 @@ def modules_of(classifier: Callable) -> list[nn.Module]:
     found, queue, seen = [], [classifier], set()
     while queue:
         held = queue.pop()
-        if id(held) in seen:
-            continue
-        seen.add(id(held))
-        if isinstance(held, nn.Module):
+        if id(held) not in seen and isinstance(held, nn.Module):
             found.append(held)
-        elif isinstance(held, partial):
-            queue += [held.func, *held.args, *held.keywords.values()]
-        elif isinstance(held, MethodType):
-            queue.append(held.__self__)
-        elif isinstance(held, FunctionType) and not held.__module__.startswith("torch."):
-            names = getclosurevars(held)
-            queue += [*names.nonlocals.values(), *names.globals.values()]
-        elif callable(held) and not isinstance(held, type | FunctionType):
-            queue += [part for part in getattr(held, "__dict__", {}).values() if isinstance(part, nn.Module)]
+        elif id(held) not in seen:
+            queue += _held_by(held)
+        seen.add(id(held))
     return found
+
+
+def _held_by(function: Any) -> list:
+    if isinstance(function, partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, MethodType):
+        return [function.__self__]
+    if not isinstance(function, FunctionType):
+        kept = vars(function).values() if callable(function) and hasattr(function, "__dict__") else ()
+        return [part for part in kept if isinstance(part, nn.Module)]
+    names = getclosurevars(function)
+    return [] if function.__module__.startswith("torch.") else [*names.nonlocals.values(), *names.globals.values()]
 
 
 def logits_of(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """The checked logits (n, classes) of any classifier; images of a dtype that it does not take are a ValueError."""
     try:
-        logits = classifier(images)
+        return check_logits(classifier(images), len(images))
     except RuntimeError as error:
-        known = {weight.dtype for module in modules_of(classifier) for weight in module.parameters()}
-        if not known or images.dtype in known:
+        own = {weight.dtype for module in modules_of(classifier) for weight in module.parameters()}
+        if not own or images.dtype in own:
             raise
-        expected = " or ".join(sorted(str(one).removeprefix("torch.") for one in known))
-        raise ValueError(
-            f"the classifier does not take images of {images.dtype} ({error}); its weights are {expected}: convert the "
-            "images or the model with .to(dtype)"
-        ) from error
-    return check_logits(logits, len(images))
+        remedy = (
+            f"its weights are {' or '.join(sorted(map(str, own)))}: convert the images or the model with .to(dtype)"
+        )
+        raise ValueError(f"the classifier does not take images of {images.dtype} ({error}); {remedy}") from error
