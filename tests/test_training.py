@@ -3,18 +3,23 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from robustclip import models
 from robustclip.attacks import PGD, BertAttack
+from robustclip.component import component
 from robustclip.data.roles import role, tinyworld_samples
+from robustclip.prompts import Expansion, LinearMap
 from robustclip.training import (
     VP,
     AdvPT,
@@ -24,8 +29,10 @@ from robustclip.training import (
     MMCoA,
     Order,
     Pictures,
+    Recipe,
     Standard,
     TeCoA,
+    checkpoint,
     contrast,
     interpolate,
     named_recipe,
@@ -33,6 +40,7 @@ from robustclip.training import (
     train,
 )  # fmt: skip
 from robustclip.training.checkpoint import CHECKPOINT
+from robustclip.training.inner import cross_entropy
 from robustclip.training.loop import Run
 from robustclip.training.optimisation import SCHEDULES
 from robustclip.training.recipes import RECIPES
@@ -353,6 +361,163 @@ def test_updates_follow_the_shots(clip, pictures):
     assert [updates(shots, updates=5) for shots in (1, 2, 12)] == [5, 5, 5]
 
 
+# --- recipes of one's own ---------------------------------------------------------------------------------------------
+
+
+def divergence(reference, logits):
+    """KL(softmax(reference) || softmax(logits)), the mean over the pictures."""
+    return F.kl_div(logits.log_softmax(1), reference.log_softmax(1), log_target=True, reduction="batchmean")
+
+
+@component
+class Guided(TeCoA):
+    """In the manner of PMG-AFT: near itself on clean pictures and near the original CLIP on attacked ones."""
+
+    def loss(self, batch):
+        attacked = batch.logits(batch.features(batch.attacked_images), batch.class_texts)
+        clean = batch.logits(batch.features(batch.images), batch.class_texts)
+        with torch.no_grad():
+            before = batch.before.logits(batch.before.features(batch.attacked_images), batch.before.class_texts)
+        return F.cross_entropy(attacked, batch.labels) + divergence(clean, attacked) + divergence(before, attacked)
+
+
+@component
+class Attentive(TeCoA):
+    """In the manner of TGA-ZSR: the places that the true text attends to stay where the original CLIP has them."""
+
+    def loss(self, batch):
+        texts = batch.class_texts[batch.labels]
+        own, attacked = (self.maps(batch.clip, images, texts) for images in (batch.images, batch.attacked_images))
+        with torch.no_grad():
+            before = self.maps(batch.original, batch.images, texts)
+        apart = (own - before).norm(dim=1).mean() + (attacked - before).norm(dim=1).mean()
+        return super().loss(batch) + 0.1 * apart
+
+    @staticmethod
+    def maps(clip, images, texts):
+        return (parallel.gather(clip.image_tokens(images)) @ texts[:, :, None])[..., 0]
+
+
+@component
+class Faithful(Recipe):
+    """In the manner of FARE: raw embeddings of attacked pictures stay where the original CLIP has the clean ones."""
+
+    attack: InnerAttack = InnerAttack(objective="embeddings", momentum=0.9)
+
+    def loss(self, batch):
+        with torch.no_grad():
+            before = parallel.gather(batch.original.raw_images(batch.images))
+        return (parallel.gather(batch.clip.raw_images(batch.attacked_images)) - before).square().sum(1).mean()
+
+
+@component
+class Anchored(TeCoA):
+    """In the manner of LAAT: text features spread around their mean, the farthest to a right angle."""
+
+    def prepare(self, clip, classes):
+        texts = clip.text_features(classes.prompts)
+        centre = F.normalize(texts.mean(0), dim=0)
+        clip.text_transform = Expansion(centre, math.pi / 2 / (texts @ centre).min().acos())
+        return clip
+
+
+@component
+class Mapped(TeCoA):
+    """In the manner of TIMA: a linear map of all texts learns beside the image tower."""
+
+    def prepare(self, clip, classes):
+        clip.text_transform = LinearMap(torch.eye(clip.network.text_projection.shape[1]))
+        return clip
+
+    def learns(self, name):
+        return name.startswith(("visual.", "text_transform."))
+
+
+OWN = [Guided, Attentive, Faithful, Anchored, Mapped]
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_recipes_of_ones_own_train_and_their_models_load(clip, pictures, tmp_path, kind):
+    start = clip.digest
+    run = train(kind.of(**SMALL), clip, pictures)
+    assert all(math.isfinite(loss) and loss > 0 for loss in run.losses)
+    assert any(name.startswith("visual.") for name in changed(clip, run.clip))
+    assert clip.digest == start == run.original.digest
+    loaded = models.load(models.save(run.clip, tmp_path), device="cpu")
+    assert loaded.digest == run.clip.digest
+    prompts = role("cifar10").prompts
+    torch.testing.assert_close(loaded.text_features(prompts), run.clip.text_features(prompts))
+    spread, before = (one.text_features(prompts) @ one.text_features(prompts).T for one in (loaded, clip))
+    assert (spread.mean() < before.mean() - 0.05) == (kind is Anchored)
+    assert torch.equal(spread, before) == (kind not in (Anchored, Mapped))
+
+
+def test_without_a_budget_only_the_cross_entropy_is_left(clip, pictures):
+    """What compares with the original CLIP is zero before the first update."""
+    for kind in (Guided, Attentive, TeCoA):
+        run = Run(kind.of(**(SMALL | {"eps": 0.0})), clip, pictures)
+        batch = run.batch()
+        assert run.recipe.loss(batch).item() == pytest.approx(class_loss(clip, batch, batch.images).item(), abs=1e-3)
+    run = Run(Faithful.of(**(SMALL | {"eps": 0.0})), clip, pictures)
+    assert run.recipe.loss(run.batch()).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 1.0])
+def test_embeddings_are_attacked_with_momentum(clip, attacked, momentum):
+    """v <- sign(m v + sign(slope)), x' <- x' + step v, as FARE has it, against plain steps by hand.
+
+    Below m = 1 the new sign always outweighs the old one: FARE's 0.9 changes nothing where slopes are not zero.
+    """
+    points, velocity = (attacked.images + EPS * attacked.noise).clamp(0, 1), 0
+    clean = clip.raw_images(attacked.images)
+    for _ in range(3):
+        points.requires_grad_()
+        (slope,) = torch.autograd.grad((clip.raw_images(points) - clean).square().sum(), points)
+        velocity = (momentum * velocity + slope.sign()).sign()
+        moved = points.detach() + EPS / 2 * velocity
+        points = torch.max(torch.min(moved, attacked.images + EPS), attacked.images - EPS).clamp(0, 1)
+    ours = InnerAttack(objective="embeddings", momentum=momentum, step_size=EPS / 2)(attacked)
+    without = InnerAttack(objective="embeddings", step_size=EPS / 2)(attacked)
+    assert ((ours - points).abs() > 1e-5).float().mean() < 0.02
+    assert (((without - points).abs() > 1e-5).float().mean() > 0.1) == (momentum == 1)
+
+
+def test_the_original_is_attacked_whatever_the_tuned_model(clip, attacked):
+    """And by an objective of one's own: the same as the named one."""
+    student = interpolate(clip, clip, 0.5)
+    for weight in student.network.visual.parameters():
+        weight.data.mul_(1.1)
+    batch = Batch(
+        attacked.recipe, student, attacked.images, attacked.labels, attacked.prompts, attacked.noise, EPS, clip
+    )
+    found = InnerAttack(model="original")(batch)
+    assert torch.equal(found, InnerAttack()(attacked))
+    assert not torch.equal(found, InnerAttack()(batch))
+    assert torch.equal(InnerAttack(objective=cross_entropy)(batch), InnerAttack()(batch))
+
+
+def test_starts_and_what_is_kept(clip, attacked):
+    above = InnerAttack(steps=0, start="one-sided")(attacked)
+    assert (above >= attacked.images).all()
+    assert torch.equal(above, (attacked.images + EPS * attacked.noise.abs()).clamp(0, 1))
+    harsh = {"objective": "features", "steps": 4, "step_size": 2 * EPS}  # overshoots, so that the last is not the best
+    distances = [1 - (clip.encode_images(InnerAttack(**harsh, keep=keep)(attacked))
+                      * clip.encode_images(attacked.images)).sum(1) for keep in ("last", "best")]  # fmt: skip
+    assert (distances[1] >= distances[0] - 1e-5).all()
+    assert (distances[1] > distances[0] + 1e-5).any()
+
+
+@pytest.mark.parametrize("kind", [Standard, TeCoA, AdvPT, Faithful])
+def test_passes_are_those_of_an_update(clip, pictures, kind):
+    run = Run(kind.of(**(SMALL | {"attack_steps": 2})), clip, pictures)
+    with models.count_passes() as counted:
+        run.recipe.loss(run.batch()).backward()
+    forward, backward = run.recipe.passes()
+    extra = kind is Faithful  # whose loss looks at the clean picture, too
+    assert counted.forward == 8 * (forward + extra)
+    assert counted.backward == 8 * (backward - 1)  # of the loss, no gradient reaches the pixels
+
+
 # --- order ------------------------------------------------------------------------------------------------------------
 
 LABELS = torch.tensor([0] * 7 + [1] * 5 + [2] * 6)[torch.randperm(18, generator=torch.Generator().manual_seed(0))]
@@ -382,6 +547,14 @@ def test_the_released_sampler_goes_through_the_lists():
         seen = [row for epoch in epochs for row in epoch if LABELS[row] == label]
         assert len(set(seen[:size])) == size, "a picture came again before the list was used up"
         assert seen[size:] == (seen[:size] * 4)[: len(seen) - size]
+
+
+@pytest.mark.parametrize("sampler", ["fixed", "released"])
+def test_an_order_does_not_remember_every_epoch(sampler):
+    order, drawn = Order(LABELS, 4, 3, sampler, 1), []
+    for update in range(30):
+        drawn.append(weakref.ref(order._epoch(update)))
+    assert sum(epoch() is not None for epoch in drawn) <= 2
 
 
 @pytest.mark.parametrize("sampler", ["fixed", "released"])
@@ -503,6 +676,47 @@ def test_a_torn_checkpoint_is_an_error(clip, pictures, finished, tmp_path, left)
     whole = (finished / CHECKPOINT).read_bytes()
     (tmp_path / CHECKPOINT).write_bytes(whole[:left])
     with pytest.raises(ValueError, match=f"{CHECKPOINT} is no checkpoint, or a torn one"):
+        train(Standard.of(**SMALL), clip, pictures, tmp_path)
+
+
+def rewritten(path, change):
+    """The checkpoint after a change of its tensors, with a digest that fits."""
+    with safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, path, about | {"digest": checkpoint._digest(tensors, about["run"])})
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7, 0.9, 0.99])
+def test_one_flipped_bit_in_a_checkpoint_is_an_error(clip, pictures, finished, tmp_path, place):
+    whole = bytearray((finished / CHECKPOINT).read_bytes())
+    whole[int(place * len(whole))] ^= 1
+    (tmp_path / CHECKPOINT).write_bytes(whole)
+    with pytest.raises(ValueError, match=f"{CHECKPOINT} is no checkpoint.*changed or damaged.*delete it"):
+        train(Standard.of(**SMALL), clip, pictures, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("weights/35"), "weights/35 is missing, it should be"),
+        (lambda tensors: tensors.pop("random/cpu"), "random/cpu is missing"),
+        (
+            lambda tensors: tensors.update({"weights/3": tensors["weights/3"][:1].clone()}),
+            "weights/3 is .* it should be",
+        ),
+        (lambda tensors: tensors.update({"optimizer/3/exp_avg": torch.zeros(1)}), "optimizer/3/exp_avg is .*1"),
+        (
+            lambda tensors: tensors.update({"optimizer/999/exp_avg": torch.zeros(1)}),
+            "optimizer/999/exp_avg is .*unknown",
+        ),
+    ],
+    ids=["no weight", "no random state", "narrow weight", "narrow moment", "moment of nothing"],
+)
+def test_a_checkpoint_that_does_not_fit_is_an_error(clip, pictures, finished, tmp_path, change, message):
+    shutil.copy(finished / CHECKPOINT, tmp_path)
+    rewritten(tmp_path / CHECKPOINT, change)
+    with pytest.raises(ValueError, match=f"does not fit this run: {message}"):
         train(Standard.of(**SMALL), clip, pictures, tmp_path)
 
 
