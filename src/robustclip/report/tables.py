@@ -11,9 +11,19 @@ import pandas as pd
 from robustclip.checks import check_choice
 from robustclip.report import words
 from robustclip.report.markup import folded, marked, paragraphs
+from robustclip.study.reported import named
 from robustclip.study.scales import scale as scale_named
 
-CELL = ["model", "role", "attack", "attacker", "defense", "seed"]  # the same at two scales: the same experiment
+CELL = [
+    "model",
+    "role",
+    "task",
+    "metric",
+    "attack",
+    "attacker",
+    "defense",
+    "seed",
+]  # the same at two scales: the same experiment
 
 
 class Field(NamedTuple):
@@ -122,34 +132,29 @@ def comparison(
     the most images. `methods` translates our names into the paper's. A missing reference is "due". A printed number
     that is not from the paper itself is followed by its grade. `best="method"`: the highest of the methods in bold.
     """
-    on, run = list(on), _named(run, methods)
-    measured = {words.WORLDS.get(scale, scale): frame for scale, frame in (references or {}).items()}
-    measured = {head: _same_cells(frame, run, on, methods) for head, frame in measured.items()}
-    columns = {head: _column(frame, on, number) for head, frame in measured.items()}
-    here, eps = (
-        f"this run ({', '.join(run['scale'].unique())})",
+    on, run = list(on), _usual(named(run, methods))
+    if "metric" not in on:
+        printed, run = printed[printed["metric"] == "accuracy"], run[run["metric"] == "accuracy"]
+    eps, here = (
         printed["eps_value"].mask(printed["attack"] == "clean", 0.0),
+        f"this run ({', '.join(set(run['scale']))})",
     )
     theirs = printed.assign(accuracy=printed["value"], printed_eps=printed["eps"], eps=eps)
-    columns = {"paper": _column(theirs, on, _printed)} | columns | {here: _column(run, on, number)}
+    measured = {name: _same_cells(named(frame, methods), run, on) for name, frame in (references or {}).items()}
+    measured = {words.WORLDS.get(name, name): frame for name, frame in measured.items()} | {here: run}
+    columns = {head: _places(frame, on, number) for head, frame in measured.items()}
+    columns = {"paper": _places(theirs, on, _printed)} | columns
+    missing = dict.fromkeys(columns, Field(words.DUE)) | dict.fromkeys(("paper", here), Field())
+    rows = dict.fromkeys([*columns["paper"], *columns[here]])
     lines = [
-        (
-            *map(label, on, key),
-            *(
-                column.get(key, Field(words.DUE if head in measured else words.MISSING))
-                for head, column in columns.items()
-            ),
-        )
-        for key in dict.fromkeys([*columns["paper"], *columns[here]])
+        (*map(label, on, key), *(found.get(key, missing[head]) for head, found in columns.items())) for key in rows
     ]
     lines = _with_best(lines, on, check_choice("best", best, on)) if best else lines
-    said = {head: frame for head, frame in (measured | {here: run}).items() if len(frame)}
-    heads = [f"{head}, n = {said[head]['n'].iloc[0]:,.0f}" if _same_n(said.get(head, ())) else head for head in columns]
+    said = {head: frame for head, frame in measured.items() if len(frame)}
+    heads = [head + _shared_n(said.get(head, theirs)) for head in columns]
     notes = tuple(f"{head}: {' '.join(words.notes(frame, on))}" for head, frame in said.items())
-    below = "\n".join(
-        [note, *(f"{head}: {words.played(frame)}" for head, frame in said.items() if words.played(frame))]
-    )
-    return HtmlTable((*on, *heads), tuple(lines), len(on), f"{caption}: accuracy (%)", notes, below)
+    below = [note, *(f"{head}: {played}" for head, frame in said.items() if (played := words.played(frame)))]
+    return HtmlTable((*on, *heads), tuple(lines), len(on), f"{caption}, in %", notes, "\n".join(below))
 
 
 def label(name: str, value: object) -> Field:
@@ -177,35 +182,31 @@ def grade_of(origin: object) -> str:
     return "" if pd.isna(origin) or origin in ("primary", "paper", "") else f"({origin})"
 
 
-def _named(frame: pd.DataFrame, methods: Mapping[str, str] | None) -> pd.DataFrame:
-    """Add the paper's name of the method (the defense, else the model) and the budget in units of its scale's."""
-    names = frame["defense"].where(frame["defense"] != "none", frame["model"])
+def _usual(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the budget of each cell in units of the usual one of its scale."""
     usual = frame["scale"].map({name: scale_named(name).reference_eps for name in frame["scale"].unique()})
-    multiple = (frame["eps"].fillna(0) / usual).round(3)
-    return frame.assign(method=names.map(lambda name: (methods or {}).get(name, name)), multiple=multiple)
+    return frame.assign(multiple=(frame["eps"].fillna(0) / usual).round(3))
 
 
-def _same_n(frame: pd.DataFrame) -> bool:
-    """Whether all numbers of a column are of equally many images, which then stands in its head."""
-    return "n" in frame and frame["n"].nunique() == 1
-
-
-def _column(frame: pd.DataFrame, on: list[str], place: Callable[[dict], Field]) -> dict[tuple, Field]:
-    """The places of a column by what names their rows."""
-    words.check_unique(frame, on, "accuracy")
-    records = frame.drop(columns="n" if _same_n(frame) else []).to_dict("records")
-    return dict(zip(frame[on].itertuples(index=False, name=None), map(place, records), strict=True))
-
-
-def _same_cells(
-    frame: pd.DataFrame, run: pd.DataFrame, on: list[str], methods: Mapping[str, str] | None
-) -> pd.DataFrame:
+def _same_cells(frame: pd.DataFrame, run: pd.DataFrame, on: list[str]) -> pd.DataFrame:
     """The cells of a reference that this run measures too, each on the most images that are known."""
     if frame.empty:
         return run[:0]
     same = [*CELL, "eps" if "eps" in on else "multiple"]
-    kept = _named(frame, methods).merge(run[same].drop_duplicates(), on=same)
+    kept = _usual(frame).merge(run[same].drop_duplicates(), on=same)
     return kept.sort_values("n", ascending=False).drop_duplicates([*same, "dataset"])
+
+
+def _shared_n(frame: pd.DataFrame) -> str:
+    """The number of images if it is the same behind a whole column: then it stands in the head."""
+    return f", n = {frame['n'].iloc[0]:,.0f}" if "n" in frame and frame["n"].nunique() == 1 else ""
+
+
+def _places(frame: pd.DataFrame, on: list[str], place: Callable[[dict], Field]) -> dict[tuple, Field]:
+    """The places of a column by what names their rows."""
+    words.check_unique(frame, on, "accuracy")
+    records = frame.drop(columns="n" if _shared_n(frame) else []).to_dict("records")
+    return dict(zip(frame[on].itertuples(index=False, name=None), map(place, records), strict=True))
 
 
 def _printed(row: Mapping) -> Field:
