@@ -143,6 +143,7 @@ def run(job: Job, kernel: str = "python3") -> str | None:
     end = datetime.now(UTC)
     notebook.metadata["robustclip"] = {
         "fingerprint": job.fingerprint,
+        "parameters": job.parameters,
         "seconds": round((end - begin).total_seconds(), 1),
         "cells": sum(cell.cell_type == "code" for cell in notebook.cells),
         "finished": f"{end:%Y-%m-%d %H:%M}",
@@ -210,7 +211,9 @@ def write_status(out: Path, jobs: list[Job]) -> None:
     ]
     folder = out / "book" / "appendix"
     write_table(folder / "status-runs.csv", [("Page", "Code cells", "Seconds", "Finished (UTC)", "Fingerprint"), *runs])
+    given = sorted({f"{name} = {value}" for job in jobs for name, value in job.parameters.items()})
     facts = {"Code": status["code"], "Seconds in all": round(sum(made["seconds"] for made in records.values()), 1)}
+    facts |= {"Parameters given": ", ".join(given) or "none"}
     write_table(folder / "status-environment.csv", [("What", "Value"), *(facts | status["environment"]).items()])
 
 

@@ -1,0 +1,21 @@
+"""Pages measure what is not shipped: two of them at a scale that nothing is shipped for, from an empty store."""
+
+from pathlib import Path
+
+import pytest
+
+import execute
+from test_book import SHIPPED, TINY
+
+PAGES = {"book/foundations/zero-shot-clip.ipynb", "book/mmcoa/in-distribution.ipynb"}
+
+
+@pytest.mark.skipif(not SHIPPED, reason="nothing is shipped for the scale quick, so that all pages measure")
+@pytest.mark.filterwarnings("default")
+def test_pages_measure_what_is_not_shipped(tmp_path: Path, monkeypatch):
+    store = tmp_path / "runs"
+    monkeypatch.setenv("ROBUSTCLIP_RUNS", str(store))
+    jobs = [job for job in execute.plan(tmp_path, TINY) if job.name in PAGES]
+    assert len(jobs) == len(PAGES)
+    assert execute.run_all(jobs) == []
+    assert len(list(store.rglob("*.json"))) > 10
