@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from robustclip import models
 from robustclip.audit import CHECKS
 from robustclip.cli import app
-from robustclip.study import Store, grid, plan, scale
+from robustclip.study import Store, grid, plan
 
 SMALL = """
 source = "tinyworld"
@@ -64,7 +65,7 @@ def test_run_measures_and_takes_finished_cells_from_the_store(call, tmp_path):
     assert [row["attack"] for row in first] == ["clean", "FGSM", "FGSM"]
     assert [row["eps"] for row in first] == [0, 4 / 255, 8 / 255]
     assert {row["n"] for row in first} == {8}
-    assert len(list((tmp_path / "runs" / "small").iterdir())) == 3
+    assert len(list((tmp_path / "runs" / "small").glob("*.json"))) == 3
 
 
 def test_shards_are_the_grid_cut_in_parts(call):
@@ -83,13 +84,13 @@ def test_a_model_may_be_a_folder_and_the_store_another(call, tmp_path, root):
     done = call("run", "--scale", "small.toml", "--role", "dtd", "--attack", "clean", "--model", str(folder),
                 "--store", "elsewhere", "--json")  # fmt: skip
     assert json.loads(done.stdout)[0]["model"] == str(folder)
-    assert len(list((tmp_path / "elsewhere" / "small").iterdir())) == 1
+    assert len(list((tmp_path / "elsewhere" / "small").glob("*.json"))) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--role", "cifar11"], "unknown role at scale small 'cifar11'; choose one of: cifar10, dtd"),
+        (["--role", "cifar11"], "unknown role to classify at scale small 'cifar11'; choose one of: cifar10, dtd"),
         (["--scale", "huge"], "unknown scale 'huge'"),
         (["--scale", "gone.toml"], "no file 'gone.toml'"),
         (["--attack", "PDG-20"], "unknown attack 'PDG-20'"),
@@ -124,7 +125,7 @@ def test_bad_usage_is_exit_code_2_and_one_line(call, tmp_path, arguments, messag
 def test_a_failure_on_the_way_is_exit_code_1_and_keeps_what_is_done(call, tmp_path):
     selection = ("run", "--scale", "small.toml", "--role", "cifar10", "--attack", "clean")
     assert call(*selection).exit_code == 0
-    (path,) = (tmp_path / "runs" / "small").iterdir()
+    (path,) = (tmp_path / "runs" / "small").glob("*.json")
     missing = call(*selection, "--model", "clip", "--model", "no/such/folder")
     assert missing.exit_code == 1
     assert "no/such/folder" in missing.stderr
@@ -134,8 +135,13 @@ def test_a_failure_on_the_way_is_exit_code_1_and_keeps_what_is_done(call, tmp_pa
     assert corrupt.exit_code == 1
     assert f"mv {path} {path}.bad" in corrupt.stderr
     assert path.read_text() == "{"
-    assert call("plan", *selection[1:]).exit_code == 1
-    assert call("export", "--scale", "small").exit_code == 1
+    exported = call("export", "--scale", "small.toml", "--out", "tables")
+    assert exported.exit_code == 1
+    assert "nothing to export of scale 'small'" in exported.stderr
+    call("run", "--scale", "small.toml", "--role", "dtd", "--attack", "clean")
+    exported = call("export", "--scale", "small.toml", "--out", "tables")
+    assert exported.exit_code == 0
+    assert f"left out: cannot use 'runs/small/{path.name}'" in exported.stderr
 
 
 def test_plan_spends_nothing(call, tmp_path):
@@ -149,14 +155,44 @@ def test_plan_spends_nothing(call, tmp_path):
     assert "1 sets of unknown size" in call("plan", "--scale", "paper", "--role", "cifar10", "--role", "busi").stdout
 
 
-def test_export_writes_what_was_measured(call, tmp_path):
+def test_export_ships_what_was_measured_and_reproduce_measures_it_again(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(tmp_path / "tables"))
     call("run", "--scale", "small.toml", "--attack", "clean")
-    done = call("export", "--scale", "small", "--out", "tables")
-    assert done.stdout.split() == ["tables/small/cifar10.csv", "tables/small/dtd.csv"]
-    assert (tmp_path / "tables/small/dtd.csv").read_text().startswith("scale,model,role,dataset,source,attack")
+    done = call("export", "--scale", "small.toml")
+    assert done.exit_code == 0, done.output
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [
+        ["cells", "2"],
+        ["models", "0"],
+        ["known", "2"],
+    ]
+    (row, _) = json.loads(call("run", "--scale", "small.toml", "--attack", "clean", "--store", "no", "--json").stdout)
+    assert row["origin"] == "shipped"
+    parts = [call("reproduce", "--scale", "small.toml", "--shard", f"{part}/2", "--store", "again") for part in (1, 2)]
+    assert [part.exit_code for part in parts] == [0, 0]
+    assert all("1 cells measured again, 0 differ" in part.stdout for part in parts)
+    assert "0 changed components, 0 differ" in call("confirm", "--scale", "small.toml").stdout
+
+
+@pytest.mark.parametrize("command", ["export", "reproduce", "confirm"])
+def test_a_scale_that_is_nowhere_is_bad_usage(call, command):
+    done = call(command, "--scale", "nosuch")
+    assert done.exit_code == 2
+    assert "unknown scale 'nosuch'" in done.stderr
+
+
+def test_reproduce_needs_something_shipped(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(tmp_path / "nothing"))
+    done = call("reproduce", "--scale", "quick")
+    assert done.exit_code == 1
+    assert "nothing is shipped of scale 'quick'; measure it first" in done.stderr
+
+
+def test_the_version_is_told(call):
+    assert call("--version").stdout == f"robustclip {version('robustclip')}\n"
 
 
 def test_status_counts_states_and_names_problems(call, tmp_path):
+    assert "The store is empty; measure something" in call("status").stdout
     call("run", "--scale", "small.toml", "--role", "dtd")
     bad = tmp_path / "runs" / "small" / "bad.json"
     bad.write_text("?")
@@ -167,74 +203,7 @@ def test_status_counts_states_and_names_problems(call, tmp_path):
     about = json.loads(call("status", "--json").stdout)
     assert len(about["files"]) == 3
     assert about["torch"]
-    assert about["code"]
     assert Store(about["store"]).root == tmp_path / "runs"
-
-
-EXECUTE = '''
-"""Stands in for tools/execute.py: the same functions, no kernel."""
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
-@dataclass
-class Job:
-    name: str
-    out: Path
-    parameters: dict
-
-    def is_done(self):
-        return self.out.exists()
-
-def plan(out, parameters):
-    return [Job(f"book/{name}.ipynb", out / name, parameters) for name in ("good", "bad")]
-
-def due(jobs, force):
-    return [job for job in jobs if force or not job.is_done()]
-
-def run_all(jobs):
-    for job in jobs:
-        job.out.parent.mkdir(parents=True, exist_ok=True)
-        with Path("log").open("a") as log:
-            log.write(job.name + json.dumps(job.parameters) + "\\n")
-        if "bad" not in job.name:
-            job.out.touch()
-    return ["book/bad.ipynb: it broke" for job in jobs if "bad" in job.name]
-'''
-
-
-def test_reproduce_runs_what_is_not_done_and_exports(call, tmp_path, monkeypatch):
-    outside = call("reproduce", "--scale", "quick")
-    assert outside.exit_code == 2
-    assert "clone of the repository" in outside.stderr
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "execute.py").write_text(EXECUTE)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "execute", raising=False)
-    call("run", "--scale", "small.toml", "--role", "dtd", "--attack", "clean")
-    good = call("reproduce", "--scale", "small.toml", "--notebook", "*good*")
-    assert (good.exit_code, good.stdout) == (0, "1 of 1 notebooks done, 1 tables in results\n")
-    assert (tmp_path / "results" / "small" / "dtd.csv").exists()
-    both = call("reproduce", "--scale", "small.toml")
-    assert both.exit_code == 1
-    assert "1 of 2 notebooks done" in both.stdout
-    assert "it broke" in both.stderr
-    call("reproduce", "--scale", "small.toml", "--notebook", "*good*", "--force")
-    assert (tmp_path / "log").read_text().splitlines() == [
-        f'book/{name}.ipynb{{"scale": "small.toml"}}' for name in ("good", "bad", "good")
-    ]
-    assert call("reproduce", "--scale", "huge").exit_code == 2
-    monkeypatch.delitem(sys.modules, "execute")
-
-
-def test_the_books_runner_has_what_reproduce_calls(root, monkeypatch):
-    monkeypatch.syspath_prepend(str(root / "tools"))
-    monkeypatch.delitem(sys.modules, "execute", raising=False)
-    execute = __import__("execute")
-    jobs = execute.plan(root / "_build" / "nowhere", {"scale": scale("quick").name})
-    assert all(job.name.startswith("book/") and not job.is_done() for job in jobs)
-    assert execute.run_all([]) == []
-    monkeypatch.delitem(sys.modules, "execute")
 
 
 def test_audit_names_every_check_and_keeps_the_flags(call, tmp_path):

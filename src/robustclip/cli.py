@@ -253,8 +253,10 @@ def export(
     """
     from robustclip import study
 
+    with _exit_code(2):
+        name = _name(scale)
     with _exit_code(1):
-        written = study.export(_name(scale), store or [None], out, fresh)
+        written = study.export(name, store or [None], out, fresh)
         for corrupt in _corrupt(store or [None]):
             typer.echo(f"left out: {corrupt}", err=True)
     typer.echo(written.to_string(index=False))
@@ -309,10 +311,13 @@ def _differ(found: "pd.DataFrame", bad: "pd.Series", as_json: bool, what: str) -
 
 
 def _name(scale: str) -> str:
-    """The name of a scale that exists."""
+    """The name under which the results of a scale are kept; it has to exist, or to have some."""
     from robustclip import study
 
-    return study.scale(scale).name
+    folder, path = study.shipped_folder(), Path(scale)
+    if path.suffix != ".toml" and not (folder and (folder / scale).is_dir()):
+        study.scale(scale)
+    return path.stem if path.suffix == ".toml" else scale
 
 
 def _corrupt(stores: "Sequence[Path | None]") -> list[str]:

@@ -59,7 +59,7 @@ def export(
     much of it, its bytes.
     """
     stores = [Store(one) for one in stores]
-    target = Path(folder or files.shipped_folder() or "results") / scale
+    target = Path(folder or files.destination()) / scale
     old = [] if fresh else files.shipped_records(scale)
     cells = list(files.merged(stores, scale, old).values())
     trained = [] if fresh else files.shipped_models(scale).to_dict("records")
@@ -169,7 +169,7 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
     maps, date = files.confirmed(scale), datetime.now(UTC).isoformat(timespec="seconds")
     for row in found[found["confirmed"]].itertuples():
         maps.setdefault(row.component, {})[row.old] = {"new": row.new, "checked": row.cells, "date": date}
-    files.write_json(Path(folder or files.shipped_folder() or "results") / scale, files.CONFIRMED, maps)
+    files.write_json(Path(folder or files.destination()) / scale, files.CONFIRMED, maps)
     return found
 
 

@@ -42,6 +42,11 @@ def shipped_folder() -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
+def destination() -> Path:
+    """Where results are shipped to: where shipped ones lie, or would."""
+    return shipped_folder() or Path(os.environ.get("ROBUSTCLIP_RESULTS") or "results").expanduser()
+
+
 def _file(scale: str, name: str) -> Path | None:
     folder = None if os.environ.get("ROBUSTCLIP_FRESH") == "1" else shipped_folder()
     return folder / scale / name if folder and (folder / scale / name).is_file() else None
