@@ -141,7 +141,7 @@ def test_a_failure_on_the_way_is_exit_code_1_and_keeps_what_is_done(call, tmp_pa
     call("run", "--scale", "small.toml", "--role", "dtd", "--attack", "clean")
     exported = call("export", "--scale", "small.toml", "--out", "tables")
     assert exported.exit_code == 0
-    assert f"left out: cannot use 'runs/small/{path.name}'" in exported.stderr
+    assert f"left out: cannot use '{path}'" in exported.stderr
 
 
 def test_plan_spends_nothing(call, tmp_path):
