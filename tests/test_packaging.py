@@ -90,6 +90,13 @@ def test_shipped_results_travel_in_the_wheel(root, wheel):
     assert wheel.stat().st_size < 20_000_000
 
 
+def test_installed_package_finds_its_shipped_results_from_any_folder(installed, tmp_path):
+    command = "from robustclip.study.shipped import shipped_folder; print(shipped_folder())"
+    found = Path(call(installed / "python", "-c", command, cwd=tmp_path).strip())
+    assert found.is_relative_to(installed.parent)
+    assert (found / "full").is_dir()
+
+
 @pytest.mark.xfail(reason="pages look for shipped results in the present folder only", strict=False)
 def test_a_notebook_finds_shipped_results_with_nothing_but_the_wheel(root, installed, tmp_path):
     empty = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
