@@ -7,13 +7,13 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,29 @@ import pandas as pd
 from robustclip import models
 from robustclip.attacks.language import load_language_model
 from robustclip.checks import check_folder
+from robustclip.classes import Classes
 from robustclip.component import identity
 from robustclip.data.roles import role as find_role
+from robustclip.data.sources import facts
 from robustclip.files import file_digest, locked, write_whole
 from robustclip.study.bench import device_name
 from robustclip.study.provenance import commit, digests, versions
 from robustclip.study.scales import Scale
 from robustclip.study.scales import scale as find_scale
-from robustclip.study.store import Store
+from robustclip.study.shipped import shipped_models
+from robustclip.study.store import Store, unusable
 from robustclip.training.checkpoint import CHECKPOINT
 from robustclip.training.loop import Run, train
 from robustclip.training.parallel import wait, world
 from robustclip.training.pictures import Pictures
 from robustclip.training.recipes import Recipe
 
-try:
-    from robustclip.study.shipped import shipped_models
-except ImportError:
-
-    def shipped_models(scale: str) -> pd.DataFrame:
-        """Nothing is shipped."""
-        return pd.DataFrame()
-
-
 FACTS = "training.json"
 FIRST = 10  # losses that tell whether other code trains the same model
+
+_base = lru_cache(maxsize=1)(models.load)
+_pictures = lru_cache(maxsize=1)(Pictures.of)
+_digest_of = lru_cache(maxsize=256)(lambda path, changed: file_digest(path))  # `changed` makes a new file a new one
 
 
 def model_name(recipe: str, role: str, shots: int | None = None) -> str:
@@ -80,16 +78,15 @@ class Tuned(os.PathLike):
     def identity(self) -> dict:
         """Everything that makes the weights: recipe, base CLIP, pictures; as shipped if these are not at hand."""
         try:
-            base, (data, classes) = _base(self.base, self.device), Pictures.described(*self._place)
+            base, data = _base(self.base, self.device), facts(self.role, self.source, "train")
         except FileNotFoundError:
-            shown = {"recipe": repr(self.recipe), "role": self.role, "stages": self.stages}
-            if (known := _shipped(self.scale, shown)) is None:
+            if (known := self._shipped("recipe", "role", "stages")) is None:
                 raise
             made = known["identity"]
         else:
-            language = {"language_model": lambda name: getattr(load_language_model(name, base), "digest", name)}
-            made = {"recipe": identity(self.recipe, language), "base": base.digest, "data": data,
-                    "classes": classes.digest}  # fmt: skip
+            language = {"language_model": lambda name: load_language_model(name, base).digest}
+            made = {"recipe": identity(self.recipe, language), "base": base.digest, "data": data["digest"],
+                    "pictures": self.pictures, "classes": Classes(data["names"], data["prompts"]).digest}  # fmt: skip
         return made | ({} if self.at is None else {"stage": [self.at, self.stages]})
 
     @cached_property
@@ -116,19 +113,10 @@ class Tuned(os.PathLike):
             self._train()
         return self._whole if self.at is None else self._whole / f"stage-{self.at}"
 
-    @property
-    def whole(self) -> "Tuned":
-        """The finished model."""
-        return replace(self, at=None)
-
-    @property
-    def _place(self) -> tuple[str, str, int | None]:
-        return self.role, self.source, self.pictures
-
     @cached_property
     def _whole(self) -> Path:
         """The folder of the finished model."""
-        name = self.whole.digest
+        name = self.stage(self.stages).digest
         if self.recompute:
             name += "-" + hashlib.sha256(json.dumps(self.provenance(), sort_keys=True).encode()).hexdigest()[:8]
         return Store(self.store).root / self.scale / "models" / name
@@ -140,7 +128,7 @@ class Tuned(os.PathLike):
         for name, digest in read_facts(self._whole)["files"].items():
             path = self._whole / name
             if not path.is_file() or _digest_of(path, path.stat().st_mtime_ns) != digest:
-                raise _unusable(path, "it was changed or damaged after its training")
+                raise unusable(self._whole, f"its {name} was changed or damaged after the training")
         return all((self._whole / f"stage-{number}").is_dir() for number in range(1, self.stages))
 
     @property
@@ -150,10 +138,20 @@ class Tuned(os.PathLike):
 
     def facts(self) -> dict:
         """What its training took: from the store, else as shipped; else it is trained."""
-        shipped = None if self.finished() else _shipped(self.scale, {"digest": self.whole.digest})
-        return shipped or read_facts(self.whole.folder())
+        whole = self.stage(self.stages)
+        return (None if self.finished() else whole._shipped("digest")) or read_facts(whole.folder())
+
+    def _shipped(self, *names: str) -> dict | None:
+        """The shipped facts that agree with what this model has by these names."""
+        own = {"recipe": repr(self.recipe)} | {name: getattr(self, name) for name in names if name != "recipe"}
+        rows = shipped_models(self.scale).to_dict("records")
+        return next((row for row in rows if all(row[name] == own[name] for name in names)), None)
 
     # --- making it
+
+    def ingredients(self) -> tuple[models.Clip, Pictures]:
+        """The CLIP to start from and the pictures to learn from."""
+        return _base(self.base, self.device), _pictures(self.role, self.source, self.pictures)
 
     def _train(self) -> None:
         """Train it, one process at a time; the others wait and find it finished."""
@@ -162,8 +160,7 @@ class Tuned(os.PathLike):
             wait()  # so that all processes of one training look at the same folder
             if not self.finished():
                 begin = time.perf_counter()
-                run = train(self.recipe, _base(self.base, self.device), _pictures(*self._place), self._whole,
-                            stages=self.stages)  # fmt: skip
+                run = train(self.recipe, *self.ingredients(), self._whole, stages=self.stages)
                 if not world()[0]:
                     models.save(run.clip, self._whole)
                     facts = self._told(run) | {"wall": round(time.perf_counter() - begin, 3)}
@@ -173,7 +170,7 @@ class Tuned(os.PathLike):
 
     def _told(self, run: Run) -> dict:
         """The facts of a finished training."""
-        batch_size, whole = self.recipe.optimisation.batch_size, self.whole
+        batch_size, whole = self.recipe.optimisation.batch_size, self.stage(self.stages)
         forward, backward = self.recipe.passes()
         weights = (path for path in sorted(self._whole.rglob("*.safetensors")) if path.name != CHECKPOINT)
         return {
@@ -193,31 +190,22 @@ class Tuned(os.PathLike):
 
 
 def fine_tuned(
-    scale: str | Scale,
-    recipes: Sequence[str],
-    role: str,
-    shots: Sequence[int | None] = (None,),
-    seed: int = 0,
-    store: Store | str | Path | None = None,
-    device: str = "auto",
-    stages: int = 1,
-    **settings: Any,
-) -> dict[str, Tuned]:
+    scale: str | Scale, recipes: Sequence[str], role: str, shots: Sequence[int | None] = (None,), seed: int = 0,
+    store: Store | str | Path | None = None, device: str = "auto", stages: int = 1, **settings: Any,
+) -> dict[str, Tuned]:  # fmt: skip
     """The scale's CLIP after each recipe on a role, by the names that tables give them; nothing is trained yet.
 
     `settings` go to every recipe. With several `stages`, those on the way are kept, too: `tuned.stage(1)` ...
     """
     chosen, found = find_scale(scale), {}
     place = store.root if isinstance(store, Store) else store
-    for count in shots:
-        for name in recipes:
-            tuned = Tuned(
-                model_name(name, role, count), chosen.name, chosen.model("clip"),
-                chosen.recipe(name, shots=count, seed=seed, **settings), find_role(role).name, chosen.source,
-                chosen.training.get("pictures"), chosen.recompute_stale, stages,
-                store=place and str(place), device=device,
-            )  # fmt: skip
-            found[tuned.name] = tuned
+    for count, name in product(shots, recipes):
+        recipe = chosen.recipe(name, shots=count, seed=seed, **settings)
+        found[model_name(name, role, count)] = Tuned(
+            model_name(name, role, count), chosen.name, chosen.model("clip"), recipe, find_role(role).name,
+            chosen.source, chosen.training.get("pictures"), chosen.recompute_stale, stages, None,
+            place and str(place), device,
+        )  # fmt: skip
     return found
 
 
@@ -232,16 +220,16 @@ def read_facts(folder: Path) -> dict:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
-        raise _unusable(path, f"it is not JSON ({error})") from error
+        raise unusable(path.parent, f"its {FACTS} is not JSON ({error})") from error
     if not isinstance(found, dict) or not isinstance(found.get("files"), dict) or not found["files"]:
-        raise _unusable(path, "it does not describe a training of this version")
+        raise unusable(path.parent, f"its {FACTS} does not describe a training of this version")
     return found
 
 
 def retrace(tuned: Tuned, facts: dict, updates: int = 5) -> bool:
     """Whether the first updates, run again now, have the losses that the facts of a training tell."""
     known = list(facts["first_losses"])[:updates]
-    run = train(tuned.recipe, _base(tuned.base, tuned.device), _pictures(*tuned._place), first=len(known))
+    run = train(tuned.recipe, *tuned.ingredients(), first=len(known))
     return all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(run.losses, known, strict=True))
 
 
@@ -267,31 +255,3 @@ def plan_training(
                 "forward": forward, "backward": backward, "seconds": seconds,
             })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-@lru_cache(maxsize=1)
-def _pictures(role: str, source: str, n: int | None) -> Pictures:
-    return Pictures.of(role, source, n)
-
-
-@lru_cache(maxsize=1)
-def _base(name: str, device: str) -> models.Clip:
-    return models.load(name, device)
-
-
-@lru_cache(maxsize=256)
-def _digest_of(path: Path, changed: int) -> str:
-    """sha256 of a file; `changed` makes a new file a new one."""
-    return file_digest(path)
-
-
-def _shipped(scale: str, wanted: dict) -> dict | None:
-    """The facts of the shipped model that has the `wanted` ones."""
-    rows = shipped_models(scale).to_dict("records")
-    return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
-
-
-def _unusable(path: Path, problem: str) -> OSError:
-    folder = shlex.quote(str(path.parent))
-    return OSError(f"cannot use {str(path)!r}: {problem}. Nothing was deleted; restore it, or train anew after "
-                   f"`mv {folder} {folder}.bad`")  # fmt: skip

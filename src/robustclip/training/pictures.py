@@ -32,12 +32,6 @@ class Pictures:
         """One per class."""
         return self.classes.prompts
 
-    @staticmethod
-    def described(role: str, source: str = "tinyworld", n: int | None = None) -> tuple[str, Classes]:
-        """The digest and the classes that `of` would give, without the pictures."""
-        samples = load_samples(role, source, "train", 1)
-        return f"{samples.digest}-{n}", samples.classes
-
     @classmethod
     def of(cls, role: str, source: str = "tinyworld", n: int | None = None) -> "Pictures":
         """The first n pictures of a role's training split, kept in memory as bytes."""
