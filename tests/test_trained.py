@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from robustclip import models
 from robustclip.component import rebuild, settings
-from robustclip.study import fine_tuned, plan_training, scale, training_facts
+from robustclip.study import evaluate, fine_tuned, grid, plan_training, scale, training_facts
 from robustclip.study import trained as module
 from robustclip.study.trained import FACTS, model_name, retrace
 from robustclip.training.checkpoint import CHECKPOINT
@@ -165,6 +166,16 @@ def test_two_processes_that_ask_at_once_train_once(small, tmp_path):
     assert first == second
     assert sorted([one, two]) == [0, 2]
     assert json.loads((Path(first) / FACTS).read_text())["updates"] == 2
+
+
+def test_cells_train_a_model_when_they_are_measured_and_not_again(small, tmp_path, updates):
+    cells = grid(small, fine_tuned(small, RECIPES, "cifar10", store=tmp_path, device="cpu"), ["cifar10"], ["clean"])
+    measured = evaluate(cells, store=tmp_path, device="cpu")
+    assert len(updates) == 4
+    for folder in (tmp_path / "small" / "models").iterdir():
+        shutil.rmtree(folder)
+    assert evaluate(cells, store=tmp_path, device="cpu")["accuracy"].tolist() == measured["accuracy"].tolist()
+    assert len(updates) == 4
 
 
 def test_stages_are_kept(small, tmp_path, updates):

@@ -25,7 +25,7 @@ from robustclip.study.evaluate import evaluate, is_stale
 from robustclip.study.provenance import current, digests
 from robustclip.study.scales import Scale
 from robustclip.study.store import Store, Where
-from robustclip.study.trained import FACTS, retrace
+from robustclip.study.trained import FACTS, read_facts, retrace
 
 SAMPLE = 3  # cells that are measured again for each component that changed
 FIELDS = ["model", "role", "task", "attack", "attacker", "defense", "eps", "n", "seed"]
@@ -88,7 +88,7 @@ def export(
 
 def _trained(store: Store, scale: str) -> list[dict]:
     paths = sorted((store.root / scale / "models").glob(f"*/{FACTS}"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [read_facts(path.parent) for path in paths]
 
 
 def _known(cells: Iterable[dict]) -> dict:

@@ -38,13 +38,13 @@ class CellFiles:
         try:
             record = json.loads(self.path.read_bytes())
         except ValueError as error:
-            raise _unusable(self.path, f"it is not JSON ({error})") from error
+            raise unusable(self.path, f"it is not JSON ({error})") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise _unusable(self.path, f"it was not written by this store (its format is not {FORMAT!r})")
+            raise unusable(self.path, f"it was not written by this store (its format is not {FORMAT!r})")
         if record.get("key") != self.path.stem:
-            raise _unusable(self.path, f"it belongs to the cell {record.get('key')!r}; the file was renamed or copied")
+            raise unusable(self.path, f"it belongs to the cell {record.get('key')!r}; the file was renamed or copied")
         if record.get("digest") != digest_of(record):
-            raise _unusable(self.path, "its content was changed or damaged")
+            raise unusable(self.path, "its content was changed or damaged")
         return record
 
     def write(self, record: dict) -> dict:
@@ -68,9 +68,9 @@ class CellFiles:
                 batch = json.loads(line)
                 whole = batch["digest"] == digest_of(batch) and isinstance(batch["answers"], dict)
             except (ValueError, TypeError, KeyError) as error:
-                raise _unusable(self.part, "one of its lines is not a batch of this store") from error
+                raise unusable(self.part, "one of its lines is not a batch of this store") from error
             if not whole:
-                raise _unusable(self.part, "one of its lines was changed or damaged")
+                raise unusable(self.part, "one of its lines was changed or damaged")
             if (code is None or batch["provenance"] == code) and batch["start"] == (found[-1]["stop"] if found else 0):
                 found.append(batch)
         return found
@@ -154,7 +154,7 @@ def _row(path: Path, is_stale: Any) -> dict:
     except OSError as error:
         return row | {"state": "corrupt", "problem": str(error)}
     except (KeyError, TypeError, AttributeError) as error:
-        return row | {"state": "corrupt", "problem": str(_unusable(path, f"it lacks what a result has ({error!r})"))}
+        return row | {"state": "corrupt", "problem": str(unusable(path, f"it lacks what a result has ({error!r})"))}
 
 
 def signed(record: dict) -> dict:
@@ -168,7 +168,7 @@ def digest_of(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _unusable(path: Path, problem: str) -> OSError:
+def unusable(path: Path, problem: str) -> OSError:
     """The error for a file that cannot be read; it is left where it is."""
     move = f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.bad')}"
     return OSError(
