@@ -22,9 +22,10 @@ from PIL import Image
 
 from robustclip import report
 from robustclip.report import figures, words
+from robustclip.study.claims import Claim, Condition, judge, verdict_table
 from robustclip.study.evaluate import COLUMNS
 from robustclip.study.reported import reported
-from robustclip.study.statistics import wilson
+from robustclip.study.statistics import Estimate, wilson
 
 VOID = ("br", "img", "meta")
 
@@ -339,10 +340,12 @@ def test_comparison_takes_the_same_cells_on_the_most_images(attacked):
 def test_comparison_prints_the_best_in_bold_and_grades(attacked):
     run, _ = attacked
     printed = reported("mmcoa", "I").query("dataset == 'CIFAR10' and attack == 'clean'").assign(grade="secondary")
+    printed.loc[printed.index[0], "value"] = 80.0
     table = report.comparison(printed, run, methods={"clip": "CLIP"}, best="method")
     tops = {row[0].text: row[3].best for row in table.rows if row[1].text == "clean"}
     highest = printed.loc[printed["value"].idxmax(), "method"]
     assert [name for name, best in tops.items() if best] == [highest]
+    assert table.rows[0][3].text == "80.0"
     assert all("(secondary)" in row[3].small for row in table.rows if row[3].text != "–")
 
 
@@ -422,6 +425,19 @@ def test_verdicts_of_many_pages_lead_to_them_and_have_one_anchor_each(found):
     links = Page(report.verdicts({"full": two})._repr_html_()).all("a")
     assert [link[1]["href"] for link in links[:2]] == ["ablation.html#P-C2", "curves.html#P-C2"]
     assert len({link[1]["id"] for link in links}) == 4
+
+
+def test_verdicts_take_what_judging_makes():
+    gain = Condition("gain", Estimate(30, 20, 40), above=0)
+    claims = [judge(Claim("C1", "up", "9 %"), [gain]), judge(Claim("C2", "down"), outside="no room here")]
+    claims += [judge(Claim("C3", "flat", ours=True), [Condition("side", Estimate(1, -4, 6), above=0)], n=100)]
+    frame = verdict_table(claims)
+    text = repr(report.verdicts({"quick": frame}))
+    assert "✓ supported, 1 agree, 0 contradict, 0 open, +30.0 [+20.0, +40.0]" in text
+    assert "○ outside this world, no room here" in text
+    assert "? open, 0 agree, 0 contradict, 1 open, +1.0 [-4.0, +6.0], a distance of" in text
+    board = report.board({"quick": frame}).rows
+    assert [field.text for field in board[0][2:]] == ["1", "1 supported"]
 
 
 def test_wrong_verdicts_are_named(found):
