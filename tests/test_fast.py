@@ -15,6 +15,7 @@ from robustclip.attacks import FGSM, PGD, FeaturePGD, UniformNoise
 from robustclip.attacks import fast as fast_attack
 from robustclip.attacks.fast import Fast
 from robustclip.data.roles import role, tinyworld_samples
+from robustclip.defenses.broken import Saturated
 from robustclip.fast import fast, fast_classifier
 from robustclip.models import Clip, ZeroShotClassifier
 
@@ -293,7 +294,7 @@ def test_independent_of_batches(order, size):
 
 
 def test_other_classifiers_are_attacked_directly(embedded, monkeypatch):
-    """A function, or a defense around a zero-shot classifier, has no twin that would be the same."""
+    """A function, or a user's own kind of zero-shot classifier, has no twin that would be the same."""
     classifier, images, labels = embedded
     images, labels, attack = images[:4], labels[:4], PGD(eps=EPS, steps=2)
     monkeypatch.setattr(fast_attack, "fast_classifier", None)
@@ -306,6 +307,32 @@ def test_other_classifiers_are_attacked_directly(embedded, monkeypatch):
     for other in (defended, lambda images: classifier(images).flip(1)):
         expected = attack(other, images, labels)
         assert torch.equal(Fast(attack=attack)(other, images, labels), expected)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_twin_stands_behind_the_same_defense(embedded, monkeypatch, precision):
+    """What fools is judged by the defended classifier in float32."""
+    plain, images, labels = embedded
+    attack, made = PGD(eps=2 / 255, steps=4), []
+    monkeypatch.setattr(fast_attack, "fast_classifier", lambda *given: made.append(given) or fast_classifier(*given))
+    for defended in (Saturated(scale=2.0)(plain), Saturated(scale=2.0)(plain).for_attack()):
+        found = Fast(attack=attack, precision=precision)(defended, images, labels)
+        direct = attack(defended, images, labels)
+        with torch.no_grad():
+            fallen, expected = ((defended(one).argmax(1) != labels).sum() for one in (found, direct))
+        assert abs(fallen - expected) <= 2
+        assert expected > 5
+        assert ((found - images).abs() <= 2 / 255 + 1e-6).all()
+    assert made[0] == (plain, precision)
+
+
+def test_tokens_of_the_twin(embedded):
+    images = embedded[1][:3]
+    for clip in (embedded[0].clip, random_clip("vit")):
+        raw, tokens = clip.raw_and_tokens(images)
+        fast_raw, fast_tokens = fast(clip, "float32").raw_and_tokens(images)
+        torch.testing.assert_close(fast_raw, raw, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(fast_tokens, tokens, rtol=1e-3, atol=1e-3)
 
 
 def test_edges(embedded):

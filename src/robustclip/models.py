@@ -173,9 +173,10 @@ class Clip(nn.Module):
         attention pooling, whose weighted means its features are.
         """
         visual, seen = self.network.visual, []
-        pool = getattr(visual, "attnpool", None)
-        if pool is not None and hasattr(pool, "v_proj"):
-            hook = pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        attnpool = getattr(visual, "attnpool", None)
+        pool = getattr(attnpool, "pool", attnpool)  # the fast twin packs it
+        if hasattr(pool, "v_proj"):
+            hook = attnpool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         elif type(visual).__name__ == "VisionTransformer" and visual.attn_pool is None:
             hook = visual.transformer.register_forward_hook(lambda _, __, output: seen.append(output))
         else:
@@ -184,10 +185,11 @@ class Clip(nn.Module):
             )
         with hook:
             raw = self.raw_images(images)
+        seen = seen[0][: len(images)]  # the fast twin fills batches up
         if pool is not None:
-            places = seen[0].flatten(2).mT + pool.positional_embedding[1:]
+            places = seen.flatten(2).mT + pool.positional_embedding[1:]
             return raw, pool.c_proj(pool.v_proj(places)).float()
-        places = visual.ln_post(seen[0][:, 1:])
+        places = visual.ln_post(seen[:, 1:])
         return raw, (places if visual.proj is None else places @ visual.proj).float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:

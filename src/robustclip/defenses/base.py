@@ -158,11 +158,16 @@ def features_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:
     return lambda images: F.normalize(axes(images).float(), dim=1)
 
 
+def unwrapped(classifier: Classifier) -> Classifier:
+    """The classifier behind the defenses, if there are any."""
+    while isinstance(classifier, _ForAttack | Defended):
+        classifier = classifier.defended if isinstance(classifier, _ForAttack) else classifier.classifier
+    return classifier
+
+
 def undefended(classifier: Classifier) -> ZeroShotClassifier:
-    """The zero-shot classifier behind the defenses, if there are any."""
-    inside = classifier
-    while isinstance(inside, _ForAttack | Defended):
-        inside = inside.defended if isinstance(inside, _ForAttack) else inside.classifier
+    """The zero-shot classifier behind the defenses; a ValueError for any other kind."""
+    inside = unwrapped(classifier)
     if isinstance(inside, ZeroShotClassifier):
         return inside
     raise ValueError(
