@@ -77,6 +77,12 @@ def count_passes() -> Iterator[Passes]:
         _counting.remove(passes)
 
 
+def uncount(forward: int) -> None:
+    """Take back images that passed only to fill a batch, and whose answer nobody used."""
+    for passes in _counting:
+        passes.forward -= forward
+
+
 def _counted(images: Tensor) -> Tensor:
     """The images, counted now and when a gradient reaches them."""
     if not _counting:

@@ -1,6 +1,5 @@
 """Square Attack (Andriushchenko et al., 2020): random search that only asks the classifier for its scores."""
 
-from bisect import bisect_left
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ from robustclip.attacks.base import Attack, Classifier
 from robustclip.attacks.losses import margin
 from robustclip.checks import check_range
 from robustclip.component import component
+from robustclip.models import count_passes, uncount
 from robustclip.randomness import own_noise
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries, where the share p of pixels is halved
@@ -23,7 +23,8 @@ class Square(Attack):
     """Change one random square of the image at a time and keep what raises the margin; no gradient is used.
 
     `p_init` is the share of pixels in the first squares; it shrinks as queries are spent. When few images stand, their
-    next squares are shown together; what comes after the first that helps is shown again, on top of it.
+    next squares are shown together; what comes after the first that helps is shown again, on top of it, and not counted
+    before. Squares that change nothing are not shown. So what an image takes depends on no other one.
     """
 
     queries: int = 5000
@@ -36,63 +37,88 @@ class Square(Attack):
         super().__post_init__()
         check_range("p_init", self.p_init, 0, 1)
 
+    def passes(self, classes: int) -> tuple[int, int]:
+        """One to see which images stand, and the queries."""
+        return 1 + self.restarts * self.queries, 0
+
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """The first image that fools, else the one of highest margin over all restarts."""
         seeds = (self.seed + 7919 * restart for restart in range(self.restarts))
-        return best_of((partial(self.search, classifier, images, labels, seed) for seed in seeds), images)
+        return best_of((partial(self._search, classifier, images, labels, seed) for seed in seeds), images)
 
-    def search(self, classifier: Classifier, images: Tensor, labels: Tensor, seed: int, standing: Tensor) -> Outcome:
+    def _search(self, classifier: Classifier, images: Tensor, labels: Tensor, seed: int, standing: Tensor) -> Outcome:
         """One run on the images `standing`: the best, their margins, which fool; those that do leave at once."""
-        images, labels = images[standing], labels[standing]
-        search = Search(self, classifier, images, labels, seed)
-        rows, query, noise = (~search.broken).nonzero()[:, 0], 1, torch.empty(0)
-        while len(rows) and query < self.queries:
-            chunk, place = divmod(query, CHUNK)
-            if query == 1 or place == 0:
-                shape = (CHUNK, search.squares.each)
-                noise = own_noise(images[rows].float(), seed + 1_000_003 * (chunk + 1), shape)
-            last = min(query + max(TOGETHER // len(rows), 1), self.queries, (chunk + 1) * CHUNK)
-            shares = [self.share(each) for each in range(query, last)]
-            count = shares.count(shares[0])
-            search.ask(rows, noise[:, place : place + count], shares[0])
-            stands = ~search.broken[rows]
-            rows, noise, query = rows[stands], noise[stands], query + count
+        search = Search(self, classifier, images[standing], labels[standing], seed)
+        while len(rows := search.left()):
+            search.ask(rows)
         return Outcome(search.best, search.highest, search.broken)
 
-    def share(self, query: int) -> float:
-        """The share p of the image's pixels in the square of this query."""
-        return self.p_init / 2 ** bisect_left(HALVINGS, query * 10_000 // self.queries)
+    def shares(self, queries: Tensor) -> Tensor:
+        """The share p of the image's pixels in the squares of these queries."""
+        halvings = torch.tensor(HALVINGS, device=queries.device)
+        return self.p_init / 2.0 ** torch.bucketize(queries * 10_000 // self.queries, halvings).double()
 
 
 class Search:
-    """The state of one run: the best images so far, their margins, and which of them fool."""
+    """The state of one run: the best images so far, their margins, which of them fool, and the queries they took."""
 
     def __init__(self, attack: Square, classifier: Classifier, images: Tensor, labels: Tensor, seed: int) -> None:
-        self.attack, self.classifier, self.images, self.labels = attack, classifier, images, labels
+        self.attack, self.classifier, self.images, self.labels, self.seed = attack, classifier, images, labels, seed
         self.squares = SQUARES[attack.norm](images, attack.eps)
         self.best = self.squares.start(images, own_noise(images.float(), seed, self.squares.at_start))
         self.highest, self.broken = self.judge(self.best, labels)
+        self.asked = torch.ones_like(labels)
+        self.noise = torch.empty(len(images), CHUNK, self.squares.each, device=images.device)
+        self.chunk = torch.full_like(labels, -1)  # the queries, in chunks, that `noise` is for
+
+    def left(self) -> Tensor:
+        """The rows that still stand and have queries left."""
+        return (~self.broken & (self.asked < self.attack.queries)).nonzero()[:, 0]
 
     def judge(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Margins, and which points fool."""
         scores = self.attack.look(self.classifier, points)
         return margin(scores, labels), self.attack.won(scores, labels)
 
-    def ask(self, rows: Tensor, noise: Tensor, share: float) -> None:
-        """Try some squares on the images `rows`, those of `noise` (rows, squares, numbers), as if one by one."""
-        count = noise.shape[1]
-        asked, squares = torch.zeros_like(rows), torch.arange(count, device=rows.device)
-        while (asked < count).any():
-            which, square = (squares >= asked[:, None]).nonzero(as_tuple=True)
-            row = rows[which]
-            points = self.squares.propose(self.images[row], self.best[row], noise[which, square], share)
-            margins, won = self.judge(points, self.labels[row])
-            better = won | (margins > self.highest[row])
-            first = torch.full_like(rows, count).scatter_reduce_(0, which[better], square[better], "amin")
-            taken = better & (square == first[which])
-            to = row[taken]
-            self.best[to], self.highest[to], self.broken[to] = points[taken], margins[taken], won[taken]
-            asked = torch.where(self.broken[rows], count, first + 1)
+    def ask(self, rows: Tensor) -> None:
+        """Try the next squares of the images `rows`; the first that helps is taken."""
+        asked = self.asked[rows]
+        counts = (self.attack.queries - asked).minimum(CHUNK - asked % CHUNK).clamp(max=max(TOGETHER // len(rows), 1))
+        place = torch.arange(len(rows), device=rows.device).repeat_interleave(counts)
+        square = torch.arange(len(place), device=rows.device) - (counts.cumsum(0) - counts)[place]
+        self.draw(rows, asked // CHUNK)
+        points, changed = self.propose(rows[place], asked[place] + square)
+        place, square = place[changed], square[changed]
+        with count_passes() as passes:
+            helped, margins, won = self.compare(points, rows[place])
+        first = counts.scatter_reduce(0, place[helped], square[helped], "amin")
+        taken = helped & (square == first[place])
+        uncount(passes.forward * int((square > first[place]).sum()) // max(1, len(points)))
+        to = rows[place[taken]]
+        self.best[to], self.highest[to], self.broken[to] = points[taken], margins[taken], won[taken]
+        self.asked[rows] = asked + (first + 1).minimum(counts)
+
+    def draw(self, rows: Tensor, chunks: Tensor) -> None:
+        """Draw random numbers, uniform in [-1, 1], for the rows whose last ones were for other queries."""
+        old = self.chunk[rows] != chunks
+        for chunk in chunks[old].unique().tolist():
+            new, shape = rows[old & (chunks == chunk)], self.noise.shape[1:]
+            self.noise[new] = own_noise(self.images[new].float(), self.seed + 1_000_003 * (chunk + 1), shape)
+            self.chunk[new] = chunk
+
+    def propose(self, rows: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """The best images of `rows`, each with the square of a query, and which of them that changes."""
+        best, shares = self.best[rows], self.attack.shares(queries)
+        points = self.squares.propose(self.images[rows], best, self.noise[rows, queries % CHUNK], shares)
+        changed = (points != best).flatten(1).any(1)
+        return points[changed], changed
+
+    def compare(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which points are better than the best, their margins, and which fool."""
+        if not len(points):
+            return torch.zeros_like(rows, dtype=torch.bool), self.highest[rows], self.broken[rows]
+        margins, won = self.judge(points, self.labels[rows])
+        return won | (margins > self.highest[rows]), margins, won
 
 
 class LinfSquares:
@@ -106,10 +132,9 @@ class LinfSquares:
         """Stripes one pixel wide, of random sign."""
         return (images + self.eps * noise.sign().to(images)).clamp(0, 1)
 
-    def propose(self, images: Tensor, best: Tensor, noise: Tensor, share: float) -> Tensor:
-        """The best images, each with one new square; `noise` (n, 5) in [-1, 1]."""
-        side = min(max(round((share * self.sides[0] * self.sides[1]) ** 0.5), 1), *self.sides)
-        inside = window(noise[:, :2], side, self.sides)
+    def propose(self, images: Tensor, best: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
+        """The best images, each with one new square; `noise` (n, 5) in [-1, 1], shares (n,)."""
+        inside = window(noise[:, :2], lengths(shares, self.sides), self.sides)
         changed = images + self.eps * noise[:, 2:].sign().to(images)[:, :, None, None]
         return torch.where(inside, changed.clamp(0, 1), best)
 
@@ -132,9 +157,17 @@ class L2Squares:
         delta[:, :, top : top + grid.shape[-2], left : left + grid.shape[-1]] = grid
         return self._within(images, delta)
 
-    def propose(self, images: Tensor, best: Tensor, noise: Tensor, share: float) -> Tensor:
+    def propose(self, images: Tensor, best: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
+        """The best images, each with one new pattern; `noise` (n, 8) in [-1, 1], shares (n,)."""
+        sides = (lengths(shares, self.sides).clamp(min=3) | 1).clamp(max=min(self.sides))
+        points = best.clone()
+        for side in sides.unique().tolist():
+            rows = sides == side
+            points[rows] = self._move(images[rows], best[rows], noise[rows], side)
+        return points
+
+    def _move(self, images: Tensor, best: Tensor, noise: Tensor, side: int) -> Tensor:
         """Put the energy of two windows, and what the budget leaves, into the first: its old pattern plus a bump."""
-        side = min(max(round((share * self.sides[0] * self.sides[1]) ** 0.5), 3) | 1, *self.sides)
         delta = best - images
         first, second = window(noise[:, :2], side, self.sides), window(noise[:, 2:4], side, self.sides)
         unused = (self.eps**2 - (delta**2).sum((1, 2, 3), keepdim=True)).clamp(min=0) / 3
@@ -157,13 +190,19 @@ class L2Squares:
 SQUARES = {"linf": LinfSquares, "l2": L2Squares}
 
 
-def window(noise: Tensor, side: int, sides: tuple[int, int]) -> Tensor:
+def lengths(shares: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Sides (n,) of squares that fill these shares of an image."""
+    return (shares * sides[0] * sides[1]).sqrt().round().long().clamp(1, min(sides))
+
+
+def window(noise: Tensor, side: Tensor | int, sides: tuple[int, int]) -> Tensor:
     """Which pixels (n, 1, h, w) lie in a square at the random place that `noise` (n, 2) in [-1, 1] names."""
     inside = []
     for place, length in zip(noise.T, sides, strict=True):
-        first = ((place + 1) / 2 * (length - side + 1)).long().clamp(max=length - side)[:, None]
+        last = torch.as_tensor(length - side, device=noise.device)
+        first = ((place + 1) / 2 * (last + 1)).long().minimum(last)[:, None]
         pixels = torch.arange(length, device=noise.device)
-        inside.append((pixels >= first) & (pixels < first + side))
+        inside.append((pixels >= first) & (pixels < first + torch.as_tensor(side, device=noise.device).view(-1, 1)))
     return inside[0][:, None, :, None] & inside[1][:, None, None, :]
 
 
