@@ -79,7 +79,7 @@ def test_a_linf_proposal_changes_one_square(share, seed):
     images, drawn = some(6, seed=seed), noise(6, 5, seed=seed)
     squares = LinfSquares(images, 0.1)
     best = squares.start(images, noise(6, 3, 1, 8, seed=seed + 1))
-    new = squares.propose(images, best, drawn, share)
+    new = squares.propose(images, best, drawn, torch.full((6,), share).double())
     side = min(max(round((share * 64) ** 0.5), 1), 8)
     inside = window(drawn[:, :2], side, (8, 8)).expand_as(images)
     assert torch.equal(new[~inside], best[~inside])
@@ -95,7 +95,7 @@ def test_an_l2_proposal_keeps_the_length_and_the_rest_of_the_pattern(share, seed
     best = squares.start(images, noise(6, *squares.at_start, seed=seed))
     assert torch.allclose((best - images).flatten(1).norm(dim=1), torch.tensor(0.1), atol=1e-5)
     drawn = noise(6, squares.each, seed=seed + 1)
-    new = squares.propose(images, best, drawn, share)
+    new = squares.propose(images, best, drawn, torch.full((6,), share).double())
     assert torch.allclose((new - images).flatten(1).norm(dim=1), torch.tensor(0.1), atol=1e-5)
     length = min(max(round((share * side * side) ** 0.5), 3) | 1, side)
     places = [window(drawn[:, k : k + 2], length, (side, side)).expand_as(images) for k in (0, 2)]
@@ -109,9 +109,9 @@ def test_an_l2_proposal_keeps_the_length_and_the_rest_of_the_pattern(share, seed
 def test_squares_shrink_as_queries_are_spent():
     attack = Square(eps=0.1, queries=10_000, p_init=0.8)
     for count, query in enumerate(HALVINGS):
-        assert attack.share(query) == pytest.approx(0.8 / 2**count)
-        assert attack.share(query + 1) == pytest.approx(0.4 / 2**count)
-    assert Square(eps=0.1, queries=100).share(50) == attack.share(5000), "in shares of the queries there are"
+        shares = attack.shares(torch.tensor([query, query + 1])).tolist()
+        assert shares == pytest.approx([0.8 / 2**count, 0.4 / 2**count])
+    assert Square(eps=0.1, queries=100).shares(torch.tensor([50])) == attack.shares(torch.tensor([5000]))
 
 
 # --- the search -------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_squares_shrink_as_queries_are_spent():
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_margins_only_rise_and_the_highest_is_returned(norm, monkeypatch):
-    """Asked one by one, each image is shown `queries` times, and what comes back is the best that was shown."""
+    """Asked one by one, each image is shown what each query changes, and what comes back is the best of that."""
     monkeypatch.setattr(square, "TOGETHER", 1)
     classifier, images, seen = linear(), some(12), []
     attack = Square(eps=0.003, norm=norm, queries=150, restarts=2)
@@ -127,19 +127,20 @@ def test_margins_only_rise_and_the_highest_is_returned(norm, monkeypatch):
     stands = predicted(classifier, attack(classifier, images, labels)) == labels
     images, labels = images[stands], labels[stands]
     assert len(images) > 8
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
+        seen.clear()
 
-    def watched(points: torch.Tensor) -> torch.Tensor:
-        logits = classifier(points).detach()
-        true = logits.gather(1, labels[:, None])[:, 0]
-        seen.append(logits.scatter(1, labels[:, None], -torch.inf).amax(1) - true)
-        return logits
+        def watched(points: torch.Tensor, label=label, seen=seen) -> torch.Tensor:
+            logits = classifier(points).detach()
+            seen.append((logits.scatter(1, label[:, None], -torch.inf).amax(1) - logits[:, label[0]])[0])
+            return logits
 
-    adversarial = attack(watched, images, labels)
-    shown = torch.stack(seen[1:])  # the first call only asks which images are right
-    assert len(shown) == 300
-    watched(adversarial)
-    assert torch.allclose(seen[-1], shown.amax(0), atol=1e-5)
-    assert (shown[:150].amax(0) > shown[0] + 1e-3).all(), "the search gets further than its start"
+        adversarial = attack(watched, image, label)
+        shown = torch.stack(seen[1:])  # the first call only asks which images are right
+        assert 200 < len(shown) <= 300
+        watched(adversarial)
+        assert torch.allclose(seen[-1], shown.amax(), atol=1e-5)
+        assert shown.amax() > shown[0] + 1e-3, "the search gets further than its start"
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -157,8 +158,8 @@ def test_showing_several_squares_together_changes_nothing(norm, n, monkeypatch):
     assert (predicted(classifier, found[0]) == labels).all(), "it has to spend all its queries"
     assert torch.allclose(found[0], found[1], atol=1e-6)
     assert torch.allclose(found[0], found[2], atol=1e-6)
-    assert calls[0] == 301
-    assert calls[2] < calls[1] <= 301
+    assert 200 < calls[0] <= 301, "squares that change nothing are not shown"
+    assert calls[2] < calls[1] <= calls[0]
     assert calls[2] < 150
 
 
@@ -168,10 +169,22 @@ def test_broken_images_leave_at_once(monkeypatch):
     labels = predicted(classifier, images)
     adversarial = Square(eps=0.03, queries=200)(lambda x: sizes.append(len(x)) or classifier(x), images, labels)
     left = (predicted(classifier, adversarial) == labels).sum()
-    assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 64
-    assert sizes[-1] >= left
-    assert sizes[-1] < 40
+    assert max(sizes[-20:]) <= left
+
+
+def test_the_passes_counted_do_not_depend_on_the_batch():
+    """What is shown to fill a batch and used by nobody does not count."""
+    classifier = models.zero_shot(models.load(device="cpu"), role("cifar10"))
+    images, labels, _, _ = tinyworld_samples("cifar10", "test", 6)
+    images, attack, counts = images.float() / 255, Square(eps=8 / 255, queries=60), []
+    for size in (6, 1, 4):
+        with models.count_passes() as passes:
+            for part in zip(images.split(size), labels.split(size), strict=True):
+                attack(classifier, *part)
+        counts.append(passes.forward)
+    assert counts == counts[:1] * 3
+    assert counts[0] <= 6 * attack.passes(10)[0]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
