@@ -688,6 +688,14 @@ def test_bars_of_many_sets_have_tilted_labels(frame):
     assert {label.get_rotation() for label in axis.get_xticklabels()} == {40}
 
 
+def test_names_may_hold_dollars_and_backslashes(frame):
+    odd = frame[frame["attack"] == "clean"].assign(model=lambda rows: "$\\foo$ " + rows["model"], dataset="$\\bar")
+    shown = report.show(report.bars(odd.drop_duplicates("model"), title="$\\x$"), alt="Bars of two heights")
+    assert "$\\foo$ clip" in shown.svg
+    images = report.image_grid(torch.zeros(1, 3, 8, 8), titles=["$\\foo$"])
+    assert report.show(images, alt="One black image").data
+
+
 def test_image_grid_keeps_pixels_sharp():
     checker = torch.zeros(5, 3, 8, 8)
     checker[:, :, ::2, ::2] = 1

@@ -45,7 +45,7 @@ def style() -> Iterator[None]:
     """Draw in the book's style inside a `with` block: colorblind palette, a marker and a dash pattern per color."""
     own = {"axes.prop_cycle": LOOKS, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
     own |= {"figure.constrained_layout.use": True, "figure.figsize": (5.6, 3.6), "grid.color": "0.9"}
-    own |= {"svg.fonttype": "none", "svg.hashsalt": "robustclip"}
+    own |= {"svg.fonttype": "none", "svg.hashsalt": "robustclip", "text.parse_math": False}  # a name may hold a $
     own |= sns.plotting_context("notebook", font_scale=0.85)
     with mpl.rc_context(sns.axes_style("ticks") | own):
         yield
