@@ -25,10 +25,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from robustclip.files import file_digest
+
 PACKAGE = "robustclip"
 ROOT = Path(str(files(PACKAGE)))
-# They check, show and prepare; no measured number depends on how.
-SILENT = ("robustclip.checks", "robustclip.component", "robustclip.progress", "robustclip._torchvision")
+# They check, show, name, keep and prepare; no measured number depends on how.
+SILENT = {
+    "checks",
+    "component",
+    "files",
+    "progress",
+    "_torchvision",
+    "study.provenance",
+    "study.shipped",
+    "study.store",
+}
 OWN = "own"  # in the place of the module for what is not part of the package
 LIBRARIES = ("robustclip", "torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pandas")
 Symbol = tuple[str, str]  # module, name
@@ -36,14 +47,13 @@ Symbol = tuple[str, str]  # module, name
 
 def digests(*objects: Any) -> dict[str, str]:
     """Name -> digest for classes, functions and components, those inside of components included."""
-    found = {}
-    for kind in dict.fromkeys(kind for value in objects for kind in _kinds(value)):
-        module, name = kind.__module__, kind.__qualname__
-        if _is_ours(module):
-            found[f"{module}:{name}"] = digest(module, name)
-        else:
-            found[f"{OWN}:{name}"] = _own_digest(kind)
-    return found
+    kinds = dict.fromkeys(kind for value in objects for kind in _kinds(value))
+    ours = {kind: _is_ours(kind.__module__) for kind in kinds}
+    return {
+        f"{kind.__module__ if ours[kind] else OWN}:{kind.__qualname__}":
+        digest(kind.__module__, kind.__qualname__) if ours[kind] else _own_digest(kind)
+        for kind in kinds
+    }  # fmt: skip
 
 
 def digest(module: str, name: str) -> str:
@@ -89,10 +99,8 @@ def _kinds(value: Any) -> Iterator[Any]:
         yield value
     elif value is not None:
         yield type(value)
-        parts = [getattr(value, entry.name) for entry in fields(value)] if is_dataclass(value) else []
-        for part in parts:
-            several = part if isinstance(part, tuple | list) else [part]
-            for one in several:
+        for part in [getattr(value, entry.name) for entry in fields(value)] if is_dataclass(value) else []:
+            for one in part if isinstance(part, tuple | list) else [part]:
                 if is_dataclass(one) or inspect.isfunction(one):
                     yield from _kinds(one)
 
@@ -114,57 +122,41 @@ def _source(module: str) -> Source:
     spec = find_spec(module)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return Source({}, {})
-    package = module if spec.submodule_search_locations else module.rpartition(".")[0]
-    return _parsed(Path(spec.origin).read_text(encoding="utf-8"), package)
-
-
-def _parsed(text: str, package: str) -> Source:
-    tree, defined = ast.parse(text), {}
+    tree, defined = ast.parse(Path(spec.origin).read_text(encoding="utf-8")), {}
     for node in _statements(tree):
         for name in _bound(node):
             defined.setdefault(name, []).append(node)
-    return Source(defined, dict(_imports(tree, package)))
+    return Source(defined, dict(_imports(tree)))
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.stmt]:
     """Statements of a module, also those under an `if` or `try`."""
-    for node in getattr(tree, "body", []) + getattr(tree, "orelse", []) + getattr(tree, "finalbody", []):
-        if isinstance(node, ast.If | ast.Try | ast.With):
-            yield from _statements(node)
-        else:
-            yield node
+    for node in [*getattr(tree, "body", []), *getattr(tree, "orelse", [])]:
+        yield from _statements(node) if isinstance(node, ast.If | ast.Try | ast.With) else [node]
 
 
 def _bound(node: ast.stmt) -> Iterator[str]:
     """The names that a statement defines."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield node.name
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    for target in targets:
-        if target is not None and not isinstance(node, ast.For):
-            yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name))
+    for target in getattr(node, "targets", [getattr(node, "target", None)]):
+        yield from (part.id for part in ast.walk(target or ast.Pass()) if isinstance(part, ast.Name))
 
 
-def _imports(tree: ast.AST, package: str) -> Iterator[tuple[str, Symbol]]:
-    """Local name -> what it stands for, of all imports of this package anywhere in a syntax tree."""
+def _imports(tree: ast.AST) -> Iterator[tuple[str, Symbol]]:
+    """Local name -> what it stands for, of all absolute imports of this package anywhere in a syntax tree."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                if _is_ours(alias.name):
-                    yield alias.asname or PACKAGE, (alias.name if alias.asname else PACKAGE, "")
-        elif isinstance(node, ast.ImportFrom):
-            above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
-            module = f"{above}.{node.module or ''}".rstrip(".") if node.level else node.module
-            if _is_ours(module):
-                yield from ((alias.asname or alias.name, (module, alias.name)) for alias in node.names)
+            yield from ((alias.asname or PACKAGE, (alias.name if alias.asname else PACKAGE, ""))
+                        for alias in node.names if _is_ours(alias.name))  # fmt: skip
+        elif isinstance(node, ast.ImportFrom) and _is_ours(node.module or ""):
+            yield from ((alias.asname or alias.name, (node.module, alias.name)) for alias in node.names)
 
 
 def _settled(module: str, name: str) -> Symbol | None:
     """Where a name of a module is defined, followed through imports; None if that is not in the package."""
-    if not name:
-        return module, ""
     source = _source(module)
-    if name in source.defined:
+    if not name or name in source.defined:
         return module, name
     if name in source.imported:
         return _settled(*source.imported[name])
@@ -176,25 +168,20 @@ def _settled(module: str, name: str) -> Symbol | None:
 
 
 def _mentions(node: ast.AST, bound: dict[str, Symbol]) -> Iterator[Symbol]:
-    """The symbols of the package that a syntax tree refers to; `bound` says what its names stand for."""
+    """The definitions of the package that a syntax tree refers to; `bound` says what its names stand for."""
     for part in ast.walk(node):
-        if isinstance(part, ast.Name) and part.id in bound and (found := _settled(*bound[part.id])) and found[1]:
+        found = _named(part, bound)
+        if found and found[1]:
             yield found
-        elif isinstance(part, ast.Attribute):
-            module = _module_of(part.value, bound)
-            if module and (found := _settled(module, part.attr)) and found[1]:
-                yield found
 
 
-def _module_of(node: ast.expr, bound: dict[str, Symbol]) -> str | None:
-    """The module of the package that an expression names, like `models` or `robustclip.attacks`."""
+def _named(node: ast.AST, bound: dict[str, Symbol]) -> Symbol | None:
+    """What `name`, `module.name` or `package.module.name` stands for."""
     if isinstance(node, ast.Name) and node.id in bound:
-        found = _settled(*bound[node.id])
-    elif isinstance(node, ast.Attribute) and (outer := _module_of(node.value, bound)):
-        found = _settled(outer, node.attr)
-    else:
-        return None
-    return found[0] if found and not found[1] else None
+        return _settled(*bound[node.id])
+    if isinstance(node, ast.Attribute) and (outer := _named(node.value, bound)) and not outer[1]:
+        return _settled(outer[0], node.attr)
+    return None
 
 
 @cache
@@ -203,7 +190,7 @@ def _neighbours(module: str, name: str) -> tuple[Symbol, ...]:
     source = _source(module)
     bound = {other: (module, other) for other in source.defined} | source.imported
     found = (symbol for node in source.defined.get(name, []) for symbol in _mentions(node, bound))
-    return tuple(dict.fromkeys(symbol for symbol in found if symbol[0] not in SILENT))
+    return tuple({symbol for symbol in found if symbol[0].removeprefix(f"{PACKAGE}.") not in SILENT})
 
 
 def closure(*roots: Symbol) -> set[Symbol]:
@@ -220,9 +207,7 @@ def closure(*roots: Symbol) -> set[Symbol]:
 @cache
 def _digest(module: str, name: str) -> str:
     settled = _settled(module, name) if find_spec(module) else None
-    if settled is None:
-        return "gone"
-    return _hash(part for symbol in closure(settled) for part in _dumps(*symbol))
+    return _hash(part for symbol in closure(settled) for part in _dumps(*symbol)) if settled else "gone"
 
 
 @cache
@@ -233,13 +218,10 @@ def _dumps(module: str, name: str) -> tuple[str, ...]:
 
 def _counted(node: ast.AST) -> list[str]:
     """A syntax tree without what does not count, and the digests of the assets it names."""
-    named = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-    assets = [ROOT / text for text in named if text.startswith("assets/") and (ROOT / text).is_file()]
-    return [ast.dump(_Plain().visit(_copy(node))), *(hashlib.sha256(path.read_bytes()).hexdigest() for path in assets)]
-
-
-def _copy(node: ast.AST) -> ast.AST:
-    return ast.parse(ast.unparse(node)).body[0]
+    named = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
+    assets = [ROOT / text for text in named if isinstance(text, str) and text.startswith("assets/")]
+    plain = ast.dump(_Plain().visit(ast.parse(ast.unparse(node)).body[0]))
+    return [plain, *(file_digest(path) for path in assets if path.is_file())]
 
 
 class _Plain(ast.NodeTransformer):
@@ -276,40 +258,33 @@ def _hash(parts: Iterator[str]) -> str:
 
 def _own_digest(kind: Any) -> str:
     """Digest of a class or function that is not of the package: its source, and what that refers to."""
-    own, symbols, waiting = {}, set(), [kind]
+    own, symbols, waiting = {}, [], [kind]
     while waiting:
         part = waiting.pop()
         if part not in own:
-            node, names = _own_source(part)
-            own[part] = node
-            for value in names:
-                if isinstance(value, tuple):
-                    symbols.add(value)
-                else:
-                    waiting.append(value)
+            own[part], mentioned, more = _own_source(part)
+            symbols, waiting = symbols + mentioned, waiting + more
     counted = [text for node in own.values() for text in _counted(node)]
     return _hash([*counted, *(text for symbol in closure(*symbols) for text in _dumps(*symbol))])
 
 
-def _own_source(kind: Any) -> tuple[ast.AST, list[Any]]:
-    """The syntax tree of a definition, and what its names stand for: symbols of the package, or more own ones."""
+def _own_source(kind: Any) -> tuple[ast.AST, list[Symbol], list[Any]]:
+    """The syntax tree of a definition with the constants it uses; the symbols and the own definitions it refers to."""
     try:
         node = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     except (OSError, TypeError) as error:
         raise ValueError(
             f"the source of {kind.__qualname__} is not to be had; define it in a file or a cell"
         ) from error
-    around, found = vars(sys.modules[kind.__module__]), []
-    for name in {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}:
+    around, bound, more = vars(sys.modules[kind.__module__]), {}, []
+    for name in sorted({part.id for part in ast.walk(node) if isinstance(part, ast.Name)}):
         value = around.get(name)
-        module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or ""
-        if isinstance(value, ModuleType) and _is_ours(module):
-            found += _mentions(node, {name: (module, "")})
-        elif isinstance(value, type) or inspect.isfunction(value):
-            if _is_ours(module):
-                found += [symbol for symbol in [_settled(module, value.__qualname__.partition(".")[0])] if symbol]
-            elif module == kind.__module__ and value is not kind:
-                found.append(value)
+        whole, defined = isinstance(value, ModuleType), isinstance(value, type) or inspect.isfunction(value)
+        module = value.__name__ if whole else value.__module__ if defined else ""
+        if _is_ours(module):
+            bound[name] = (module, "" if whole else value.__qualname__.partition(".")[0])
+        elif defined and module == kind.__module__ and value is not kind:
+            more.append(value)
         elif isinstance(value, bool | int | float | str | tuple):
             node.body.append(ast.Expr(ast.Constant(repr((name, value)))))
-    return node, found
+    return node, list(_mentions(node, bound)), more
