@@ -1,6 +1,5 @@
 """What was claimed and what was found: the answer on top of a page, claims with verdict and evidence, the board."""
 
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -38,7 +37,7 @@ def verdicts(found: Mapping[str, pd.DataFrame], caption: str = "Claims under tes
     """
     rows = _together(found)
     lines, seen = [], set()
-    for (number, page), mine in sorted(rows.groupby(["id", "page"]), key=lambda group: _natural(*group[0])):
+    for (number, page), mine in rows.groupby(["id", "page"], sort=False):
         first, anchor = mine.iloc[0], f"{number}-{page}".replace("/", "-") if number in seen else number
         seen.add(number)
         target = f"{page}.html#{number}" if page else f"#{anchor}"
@@ -76,12 +75,8 @@ def _together(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         check_choice("verdict", word, SYMBOLS)
     for row in rows[rows.duplicated(["scale", "page", "id", "what"])].to_dict("records"):
         raise ValueError(f"claim {row['id']!r} has {row['what']!r} twice at scale {row['scale']}; give an id once")
-    return rows
-
-
-def _natural(*texts: str) -> list[list]:
-    """A key that sorts C2 before C10."""
-    return [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)] for text in texts]
+    padded = rows["id"].str.replace(r"\d+", lambda digits: digits[0].zfill(4), regex=True)  # C2 before C10
+    return rows.loc[padded.sort_values(kind="stable").index]
 
 
 def _words(frame: pd.DataFrame) -> dict[str, int]:
