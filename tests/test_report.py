@@ -337,6 +337,16 @@ def test_comparison_takes_the_same_cells_on_the_most_images(attacked):
         report.comparison(printed, both, methods={"clip": "CLIP"})
 
 
+def test_charts_are_drawn_from_the_first_scale_that_has_the_cells(attacked):
+    run, full = attacked
+    references = {"photo": full.iloc[:0], "full": full}
+    found = report.counterparts(references, run)
+    assert set(found["scale"]) == {"full"}
+    assert len(found) == len(found.drop_duplicates(["model", "attack"])) == len(run)
+    assert report.counterparts(references, run.assign(model="another")).empty
+    assert list(report.counterparts({}, run).columns) == list(run.columns)
+
+
 def test_comparison_prints_the_best_in_bold_and_grades(attacked):
     run, _ = attacked
     printed = reported("mmcoa", "I").query("dataset == 'CIFAR10' and attack == 'clean'").assign(grade="secondary")

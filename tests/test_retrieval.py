@@ -1,25 +1,30 @@
-"""Recall both ways against a plain loop, fair ties, and the two success rates of attacks."""
+"""Retrieval: ranks against a plain loop, fair ties, and recall as cells with keys, resume, staleness and export."""
 
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from robustclip.study.retrieval import attacked_recalls, captions_of, ranks, recalls
 from torch import nn
 
 from robustclip import models
-from robustclip.attacks import PGD, FeaturePGD
 from robustclip.attacks.base import Retriever
+from robustclip.attacks.gradient import PGD, FeaturePGD
 from robustclip.attacks.multimodal import CoAttack, SepAttack
 from robustclip.attacks.text import BertAttack, TextAttack
 from robustclip.component import component
 from robustclip.data.sources import load_samples
-from robustclip.study import retrieval
+from robustclip.study import evaluate, export, grid, outcomes, reference, tasks
 from robustclip.study.statistics import wilson
+from robustclip.study.tasks import FIRST, captions_of, ranks
+
+WAYS = ("image-to-text", "text-to-image")
+METRICS = [f"R@{k} {way}" for way in WAYS for k in FIRST]
 
 
 class PlainClip(nn.Module):
@@ -72,46 +77,42 @@ def found_first(scores: list[float], right: set[int], k: int) -> bool:
     return bool(right & set(sorted(range(len(scores)), key=lambda place: -scores[place])[:k]))
 
 
-@given(gallery=galleries(), k=st.integers(1, 12))
+@given(gallery=galleries())
 @settings(max_examples=150, deadline=None)
-def test_recall_is_that_of_a_plain_loop(gallery, k):
-    """Ties, several captions, k larger than the set; whole numbers, so that no score is rounded."""
+def test_ranks_are_those_of_a_plain_loop(gallery):
+    """Ties, several captions, every k up to more than the set; whole numbers, so that no score is rounded."""
     images, texts = gallery
     captions = [(owner, text) for owner, group in enumerate(texts) for text in group]
     own = [{place for place, (owner, _) in enumerate(captions) if owner == row} for row in range(len(images))]
     dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
-    to_text = [found_first([dot(image, text) for _, text in captions], own[row], k) for row, image in enumerate(images)]
-    to_image = [found_first([dot(image, text) for image in images], {owner}, k) for owner, text in captions]
-    rows = recalls(PlainClip(), as_images(images), as_texts(texts), ks=[k]).to_dict("records")
-    for row, direction, hits in zip(rows, ("image-to-text", "text-to-image"), (to_text, to_image), strict=True):
-        estimate = wilson(sum(hits), len(hits))
-        assert row == {
-            "direction": direction, "k": k, "recall": estimate.value, "low": estimate.low, "high": estimate.high,
-            "n": len(hits),
-        }  # fmt: skip
+    found = ranks(PlainClip(), as_images(images), as_texts(texts))
+    for k in range(1, 13):
+        to_text = [
+            found_first([dot(image, text) for _, text in captions], own[row], k) for row, image in enumerate(images)
+        ]
+        to_image = [found_first([dot(image, text) for image in images], {owner}, k) for owner, text in captions]
+        assert (found["image-to-text"] < k).tolist() == to_text
+        assert (found["text-to-image"] < k).tolist() == to_image
 
 
 @pytest.mark.parametrize("each", [1, 3])
 def test_a_model_that_sees_nothing_gets_the_recall_of_a_draw_by_lot(each):
     """All scores are equal: image-to-text min(k, all) of the captions, text-to-image k of n images."""
     images, captions = as_images([[1, 1, 1]] * 12), as_texts([[[0, 1, 0]] * each] * 12)
-    table = recalls(PlainClip(), images, captions, ks=(1, 3, 6, 36)).set_index(["direction", "k"])["recall"]
+    found = ranks(PlainClip(), images, captions)
     for k in (1, 3, 6, 36):
-        assert table["text-to-image", k] == pytest.approx(100 * min(k, 12) / 12)
-        assert table["image-to-text", k] == pytest.approx(100 * math.ceil(min(k, 12 * each) / each) / 12)
+        assert (found["text-to-image"] < k).mean() == pytest.approx(min(k, 12) / 12)
+        assert (found["image-to-text"] < k).mean() == pytest.approx(math.ceil(min(k, 12 * each) / each) / 12)
 
 
-def test_a_model_that_sees_everything_gets_100():
+def test_a_model_that_sees_everything_ranks_the_right_one_first():
     features = torch.eye(3).long()
-    table = recalls(PlainClip(), as_images(features), as_texts(features[:, None]))
-    assert (table.recall == 100).all()
-    assert list(table.columns) == ["direction", "k", "recall", "low", "high", "n"]
-    assert table.k.tolist() == [1, 5, 10] * 2
-    assert (table.n == 3).all()
+    found = ranks(PlainClip(), as_images(features), as_texts(features[:, None]))
+    assert {way: places.tolist() for way, places in found.items()} == {way: [0, 0, 0] for way in WAYS}
 
 
 def test_equal_captions_tie_exactly():
-    """Two images with the same caption: image-to-text, each finds the copy that is listed first."""
+    """Images with the same caption: each finds the copy that is listed first."""
     clip, generator = models.load(device="cpu"), torch.Generator().manual_seed(0)
     images = torch.rand(9, 3, 32, 32, generator=generator)
     captions = [["a red star"], ["a blue cup"], ["a red star"]] * 3
@@ -127,51 +128,14 @@ def test_equal_captions_tie_exactly():
 
 def test_batches_do_not_matter(monkeypatch):
     generator = torch.Generator().manual_seed(1)
-    images, texts = (
-        torch.randint(-4, 5, (11, 3), generator=generator),
-        torch.randint(-4, 5, (11, 2, 3), generator=generator),
-    )
-    attacks = {
-        "image": FeaturePGD(eps=0.1, steps=2),
-        "loss": PGD(eps=0.3, steps=2),
-        "both": SepAttack(image=PGD(eps=0.1, steps=2), text=Turn()),
-    }
-    tables = []
+    images, texts = (torch.randint(-4, 5, shape, generator=generator) for shape in ((11, 3), (11, 2, 3)))
+    attack = SepAttack(image=PGD(eps=0.1, steps=2), text=Turn())
+    found = []
     for size in (128, 4, 1):
-        monkeypatch.setattr(retrieval, "BATCH", size)
-        tables.append(attacked_recalls(PlainClip(), attacks, as_images(images), as_texts(texts)))
-    assert tables[0].equals(tables[1])
-    assert tables[0].equals(tables[2])
-
-
-# --- attacks ----------------------------------------------------------------------------------------------------------
-
-
-def test_both_success_rates_by_hand():
-    """Five pairs; turning the last two numbers of the texts loses two hits of four at k = 1 and finds one."""
-    images = [[0, 4, 0], [0, -4, 0], [4, 0, 0], [-4, 0, 0], [1, 0, 3]]
-    texts = [[[0, 1, 0]], [[0, -1, 0]], [[1, 0, 0]], [[-1, 0, 0]], [[0, 1, -1]]]
-    clip, pictures, captions = PlainClip(), as_images(images), as_texts(texts)
-    before = ranks(clip, pictures, captions)["text-to-image"]
-    assert (before < 1).tolist() == [True, True, True, True, False]
-    table = attacked_recalls(clip, {"none": None, "text": Turn(first=1)}, pictures, captions, ks=[1])
-    table = table.set_index(["attack", "direction"])
-    row = table.loc["text", "text-to-image"]
-    after = np.array([False, False, True, True, False])
-    texts_after = [[0, -1, 0], [0, 1, 0], [1, 0, 0], [-1, 0, 0], [0, -1, 1]]
-    scores = np.array(texts_after) @ np.array(images).T
-    assert (scores.argmax(1) == np.arange(5)).tolist() == after.tolist()
-    assert (row.recall, row["drop"], row.broken, row.n) == (40, 40, 50, 5)
-    for direction in ("image-to-text", "text-to-image"):
-        clean = table.loc["none", direction]
-        assert (clean["drop"], clean.broken) == (0, 0)
-        assert clean.recall == recalls(clip, pictures, captions, [1]).set_index("direction").recall[direction]
-
-
-def test_lost_and_found_hits_count_apart():
-    """One hit lost, one found: no drop, but half of the hits are broken; without any hit there is no share."""
-    assert retrieval._success(np.array([True, True, False]), np.array([True, False, True])) == {"drop": 0, "broken": 50}
-    assert math.isnan(retrieval._success(np.array([False]), np.array([True]))["broken"])
+        monkeypatch.setattr(tasks, "BATCH", size)
+        attacked = attack.on_captions(PlainClip(), as_images(images), as_texts(texts))
+        found.append({way: places.tolist() for way, places in ranks(PlainClip(), *attacked).items()})
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_retriever_is_recall_at_one():
@@ -187,46 +151,151 @@ def test_the_retriever_is_recall_at_one():
     assert 3 < first.sum() < 20
 
 
-def test_every_kind_of_attack_in_one_table():
-    """On the embedded model and its captions; recall grows with k, attacks lower it, the image is what they change."""
-    clip, samples = models.load(device="cpu"), load_samples("coco", n=32)
-    captions = captions_of(samples)
-    assert captions == [[caption] for caption in samples.captions]
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def cells(attacks=None, n=24, **options):
+    """Retrieval on the embedded model and its captions."""
+    attacks = attacks or {"clean": None, "both": CoAttack(eps=8 / 255, steps=2)}
+    return grid("quick", roles=["coco"], attacks=attacks, n=n, task="retrieve", **options)
+
+
+def by_hand(attack=None, n=24):
+    """Ranks without the engine."""
+    clip, samples = models.load(device="cpu"), load_samples("coco", n=n)
+    images, captions = samples.images, captions_of(samples)
+    return ranks(clip, *(attack.on_captions(clip, images, captions) if attack else (images, captions)))
+
+
+def test_recalls_are_those_computed_by_hand(tmp_path):
+    places = {"clean": by_hand(), "both": by_hand(CoAttack(eps=8 / 255, steps=2))}
+    results = evaluate(cells(), tmp_path)
+    assert results["metric"].tolist() == 2 * METRICS
+    assert set(results["task"]) == {"retrieve"}
+    for _, row in results.iterrows():
+        place, way = row["metric"].removeprefix("R@").split(" ")
+        expected = places[row["attack"]][way] < int(place)
+        assert outcomes(row, tmp_path).tolist() == expected.tolist()
+        assert (row["accuracy"], row["low"], row["high"]) == wilson(int(expected.sum()), len(expected))
+        assert row["n"] == len(expected) == 24
+    assert results["accuracy"].nunique() > 4
+
+
+def test_recall_grows_with_k_and_falls_under_every_kind_of_attack(tmp_path):
     attacks = {
-        "none": None,
+        "clean": None,
         "feature": FeaturePGD(eps=8 / 255, steps=4),
         "loss": PGD(eps=8 / 255, steps=4),
         "text": BertAttack(),
         "both": CoAttack(eps=8 / 255, steps=4),
     }
-    table = attacked_recalls(clip, attacks, samples.images, captions)
-    assert table.attack.unique().tolist() == list(attacks)
-    assert len(table) == 5 * 2 * 3
-    recall = table.pivot(index=["attack", "direction"], columns="k", values="recall")
-    assert (recall.diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
-    for name in list(attacks)[1:]:
-        assert (recall.loc[name].sum(axis=1) < recall.loc["none"].sum(axis=1)).all(), name
-    clean = recalls(clip, samples.images, captions).pivot(index="direction", columns="k", values="recall")
-    assert recall.loc["none"].equals(clean)
+    results = evaluate(cells(attacks, n=32), tmp_path)
+    recall = results.pivot(index="attack", columns="metric", values="accuracy")
+    for way in WAYS:
+        assert (recall[[f"R@{k} {way}" for k in FIRST]].diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
+        for name in list(attacks)[1:]:
+            ours, clean = (recall.loc[one, [f"R@{k} {way}" for k in FIRST]].sum() for one in (name, "clean"))
+            assert ours < clean, (name, way)
+
+
+def test_several_captions_give_more_queries_in_one_direction(tmp_path, monkeypatch):
+    def three_each(role, source, n=None, **_):
+        samples = load_samples(role, source, n=n)
+        return replace(samples, captions=tuple(text for text in samples.captions for _ in range(3)))
+
+    monkeypatch.setattr("robustclip.study.bench.load_samples", three_each)
+    results = evaluate(cells({"clean": None}, n=8), tmp_path).set_index("metric")
+    assert results["n"][METRICS].tolist() == [8] * 3 + [24] * 3
+
+
+def test_the_key_names_everything_that_a_recall_depends_on(tmp_path):
+    """Other images, attacks, tasks: other cells; other names: the same."""
+    one = {"both": CoAttack(eps=8 / 255, steps=2)}
+    variants = [cells(one), cells(one, n=25), cells(one, seeds=[1]), cells(one, eps=["4/255"]),
+                cells({"both": CoAttack(eps=8 / 255, steps=2, weight=1)}), cells({"both": None})]  # fmt: skip
+    keys = [evaluate(variant, tmp_path)["key"].unique().item() for variant in variants]
+    assert len(set(keys)) == len(variants)
+    renamed = evaluate(cells({"another name": CoAttack(eps=8 / 255, steps=2)}), tmp_path)
+    assert renamed["key"].unique().item() == keys[0]
+    assert set(renamed["origin"]) == {"stored"}
+
+
+def counting(monkeypatch) -> list:
+    """How many images each call of the engine's `ranks` is given."""
+    asked, real = [], tasks.ranks
+    monkeypatch.setattr(
+        tasks, "ranks", lambda clip, images, captions: asked.append(len(images)) or real(clip, images, captions)
+    )
+    return asked
+
+
+def test_what_is_finished_is_not_measured_again(tmp_path, monkeypatch):
+    asked = counting(monkeypatch)
+    first = evaluate(cells({"clean": None}), tmp_path)
+    assert asked == [24]  # all at once, however small the batches
+    whole = evaluate(cells(), tmp_path, batch_size=5)
+    assert asked == [24, 24]
+    assert whole["origin"].tolist() == ["stored"] * 6 + ["measured"] * 6
+    again = evaluate(cells(), tmp_path)
+    assert asked == [24, 24]
+    columns = ["metric", "accuracy", "key", "seconds"]
+    pd.testing.assert_frame_equal(again[columns], whole[columns])
+    pd.testing.assert_frame_equal(first[columns], whole[:6][columns])
+
+
+def test_recalls_of_other_code_are_stale_and_measured_again_where_the_scale_says_so(tmp_path, monkeypatch):
+    asked = counting(monkeypatch)
+    (cell,) = cells({"clean": None}, n=12)
+    evaluate([cell], tmp_path)
+    (path,) = (tmp_path / "quick").glob("*.json")
+    record = json.loads(path.read_text(encoding="utf8"))
+    code = record["provenance"]
+    evaluate([cell], tmp_path)
+    assert len(asked) == 1
+    from robustclip.study.bench import Bench
+
+    assert any("Retrieve" in name for name in code)
+    monkeypatch.setattr(Bench, "provenance", lambda self, cell: code | {next(iter(code)): "0" * 16})
+    kept = replace(cell, scale=replace(cell.scale, recompute_stale=False))
+    assert evaluate([kept], tmp_path)["stale"].all()
+    assert len(asked) == 1
+    assert not evaluate([cell], tmp_path)["stale"].any()
+    assert len(asked) == 2
+
+
+def test_recalls_travel_with_every_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(tmp_path / "results"))
+    results = evaluate(cells(n=12), tmp_path / "runs")
+    (tmp_path / "results").mkdir()
+    export("quick", [tmp_path / "runs"], tmp_path / "results")
+    asked = counting(monkeypatch)
+    shipped = evaluate(cells(n=12), tmp_path / "empty")
+    assert not asked
+    assert set(shipped["origin"]) == {"shipped"}
+    pd.testing.assert_frame_equal(results.drop(columns="origin"), shipped.drop(columns="origin"))
+    for row in results.to_dict("records"):
+        assert np.array_equal(outcomes(row, tmp_path / "empty"), outcomes(row, tmp_path / "runs"))
+    place = ["attack", "metric"]
+    pd.testing.assert_series_equal(
+        reference("quick").set_index(place)["accuracy"].sort_index(), results.set_index(place)["accuracy"].sort_index()
+    )
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("captions", "ks", "message"),
+    ("captions", "message"),
     [
-        (["1 0 0", "0 1 0"], [1], "captions must be 2 lists"),
-        ([["1 0 0"]], [1], "captions must be 2 lists"),
-        ([["1 0 0"], []], [1], "one text or more"),
-        ([["1 0 0"], ["0 1 0"]], [0], "k=0 "),
-        ([["1 0 0"], ["0 1 0"]], [1.5], "k=1.5 "),
-        ([["1 0 0"], ["nan 1 0"]], [1], "NaN or infinity"),
+        (["1 0 0", "0 1 0"], "captions must be 2 lists"),
+        ([["1 0 0"]], "captions must be 2 lists"),
+        ([["1 0 0"], []], "one text or more"),
+        ([["1 0 0"], ["nan 1 0"]], "NaN or infinity"),
     ],
 )
-def test_bad_input(captions, ks, message):
+def test_bad_input(captions, message):
     with pytest.raises(ValueError, match=message):
-        recalls(PlainClip(), as_images([[1, 0, 0], [0, 1, 0]]), captions, ks)
+        ranks(PlainClip(), as_images([[1, 0, 0], [0, 1, 0]]), captions)
 
 
 def test_captions_of_samples():

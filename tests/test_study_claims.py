@@ -17,6 +17,7 @@ from robustclip.study import (
     kept_verdicts,
     room,
     verdict_table,
+    verdicts_by_scale,
 )
 from robustclip.study.claims import holm, together
 
@@ -286,3 +287,18 @@ def test_a_part_of_which_nothing_ran_has_no_verdicts(tmp_path):
     found = kept_verdicts("full", "mmcoa", tmp_path)
     assert found.empty
     assert {"page", "id", "verdict", "what", "p"} <= set(found.columns)
+
+
+def test_verdicts_of_a_page_stand_next_to_the_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(tmp_path))
+    keep_verdicts([judge(CLAIM, [AGREES])], "full", "mmcoa/page", tmp_path)
+    keep_verdicts([judge(Claim("B", "b"))], "full", "mmcoa/another", tmp_path)
+    found = verdict_table([judge(CLAIM, [CONTRADICTS])])
+    frames = verdicts_by_scale(found, "quick", "mmcoa/page")
+    assert {name: frame["verdict"].tolist() for name, frame in frames.items()} == {
+        "photo": [], "full": ["supported"], "quick": ["contradicted"],
+    }  # fmt: skip
+    assert set(frames["full"]) == set(found)
+    assert verdicts_by_scale(found, "full", "mmcoa/page")["full"] is found
+    monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(tmp_path / "nothing"))
+    assert list(verdicts_by_scale(found, "quick", "mmcoa/page")) == ["quick"]

@@ -25,6 +25,7 @@ from robustclip.study import (
     export,
     grid,
     is_stale,
+    judged,
     outcomes,
     plan,
     provenance,
@@ -68,6 +69,19 @@ def test_accuracies_are_those_computed_by_hand(tmp_path):
     assert results["accuracy"].nunique() >= 3  # the cases do differ
     assert (results["source"] == "tinyworld").all()
     assert not results["stale"].any()
+
+
+def test_outcomes_of_several_seeds_stand_in_the_order_of_seeds(tmp_path):
+    results = evaluate(cells(attacks={"noise": UniformNoise(eps=1)}, seeds=[7, 0]), tmp_path)
+    found = judged(results, tmp_path, role="cifar10", attack="noise")
+    assert found.shape == (2, 30)
+    for row, (_, result) in zip(found, results.sort_values("seed").iterrows(), strict=True):
+        assert row.tolist() == outcomes(result, tmp_path).tolist()
+    assert found[0].tolist() != found[1].tolist()
+    with pytest.raises(ValueError, match=r"0 results for {'role': 'dtd'}, of seeds \[\]"):
+        judged(results, tmp_path, role="dtd")
+    with pytest.raises(ValueError, match="select one of each seed"):
+        judged(pd.concat([results, results]), tmp_path)
 
 
 def test_undefended_blind_and_aware_are_measured_once(tmp_path):

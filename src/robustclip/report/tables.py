@@ -157,6 +157,12 @@ def comparison(
     return HtmlTable((*on, *heads), tuple(lines), len(on), f"{caption}, in %", notes, "\n".join(below))
 
 
+def counterparts(references: Mapping[str, pd.DataFrame], run: pd.DataFrame) -> pd.DataFrame:
+    """The cells of `run` as the first of some scales has them, for charts to be drawn from; no rows if none has any."""
+    found = (_same_cells(frame, _usual(run), []) for frame in references.values())
+    return next((frame for frame in found if len(frame)), run[:0])
+
+
 def label(name: str, value: object) -> Field:
     """The place of a value that names its row."""
     return Field(words.text_of(name, value), "" if pd.isna(value) else value)

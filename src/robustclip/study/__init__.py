@@ -11,8 +11,9 @@ from robustclip.study.claims import (
     kept_verdicts,
     room,
     verdict_table,
+    verdicts_by_scale,
 )
-from robustclip.study.evaluate import audit_cell, evaluate, is_stale, outcomes, reference
+from robustclip.study.evaluate import audit_cell, evaluate, is_stale, judged, outcomes, reference
 from robustclip.study.exchange import artifact, confirm, export, reproduce
 from robustclip.study.planning import plan
 from robustclip.study.provenance import digests, versions
@@ -34,8 +35,8 @@ from robustclip.study.trained import Tuned, fine_tuned, model_name, plan_trainin
 __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Tuned", "Verdict", "artifact",
     "audit_cell", "compare", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid", "hierarchical",
-    "is_stale", "judge", "keep_verdicts", "kept_verdicts", "macro", "mcnemar", "mean_interval", "model_name",
+    "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "macro", "mcnemar", "mean_interval", "model_name",
     "named", "outcomes", "paired_difference", "parse_eps", "plan", "plan_training", "reference", "reported",
     "reported_papers", "reproduce", "room", "scale", "scale_names", "shipped_folder", "training_facts",
-    "verdict_table", "versions", "wilson",
+    "verdict_table", "verdicts_by_scale", "versions", "wilson",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from robustclip.checks import check_choice
+from robustclip.study.shipped import shipped_folder
 from robustclip.study.statistics import Estimate, Z
 from robustclip.study.store import Store, Where, write_whole
 
@@ -226,6 +227,16 @@ def kept_verdicts(scale: str, part: str, folder: Where = None) -> pd.DataFrame:
             pages = " and ".join(same["page"].unique())
             raise ValueError(f"claim {name!r} says different things on the pages {pages}; give each its own id")
     return table
+
+
+def verdicts_by_scale(
+    found: pd.DataFrame, scale: str, page: str, others: Sequence[str] = ("photo", "full")
+) -> dict[str, pd.DataFrame]:
+    """What a page found at every scale: what is shipped of the others, and `found` at this one."""
+    part, _, name = page.partition("/")
+    frames = {} if shipped_folder() is None else {one: kept_verdicts(one, part, shipped_folder()) for one in others}
+    own = {one: table[table["page"] == name].drop(columns="page") for one, table in frames.items()}
+    return own | {scale: found}
 
 
 def _rows(entry: Judgement) -> list[dict]:

@@ -112,6 +112,20 @@ def outcomes(row: Mapping[str, Any], store: Where = None) -> np.ndarray:
     return TASK[record["cell"]["task"]].hits(record["answers"])[row["metric"]]
 
 
+def judged(frame: pd.DataFrame, store: Where = None, **where: Any) -> np.ndarray:
+    """Outcomes (seeds, images), in the order of seeds, of the rows of `evaluate` with these values in these columns.
+
+    judged(results, model="clip", role="cifar10", attack="PGD-100")
+    """
+    for name, value in where.items():
+        frame = frame[frame[name] == value]
+    if frame.empty or frame["seed"].duplicated().any():
+        raise ValueError(
+            f"{len(frame)} results for {where}, seeds {frame['seed'].tolist()}; select one result per seed"
+        )
+    return np.stack([outcomes(row, store) for row in frame.sort_values("seed").to_dict("records")])
+
+
 def reference(scale: str) -> pd.DataFrame:
     """The shipped results of a scale in the shape of `evaluate`; no rows where nothing is shipped."""
     rows = [row for record in shipped_records(scale)
