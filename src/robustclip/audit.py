@@ -18,6 +18,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -143,9 +144,8 @@ class Case:
     def __post_init__(self) -> None:
         images = self.images = self.images.detach().clone(memory_format=torch.contiguous_format)
         self.clean = self.look(images)
-        self.labels = check_labels(self.labels, self.clean.shape[1], len(images)).to(
-            images.device, torch.int64, copy=True
-        )
+        check_labels(self.labels, self.clean.shape[1], len(images))
+        self.labels = self.labels.to(images.device, torch.int64, copy=True)
         self._take_image_half()
         if not self.clean.isfinite().all():
             raise ValueError("the classifier gives infinite logits; restore or retrain its checkpoint")
@@ -165,17 +165,15 @@ class Case:
         """Of an attack on images and texts take what changes images, and the classifier with the prompts attacked."""
         if not getattr(self.attack, "changes_images", True):
             raise ValueError(f"attack={self.attack!r} changes no images; audit one that does, or read its texts")
-        if callable(self.attack):
+        if callable(self.attack) or callable(self.attack.inner):
+            self.attack = self.attack if callable(self.attack) else self.attack.inner
             return
-        if callable(self.attack.inner):
-            self.attack = self.attack.inner
-            return
-        plain = undefended(self.classifier)
-        defense = None if plain is self.classifier else lambda other: rebuilt(self.classifier, other)
-        self.attack = ImageHalf(self.attack, Target(plain.clip, plain.classes, defense))
-        pair = self.attack.attack.pairs(self.attack.target, self.images[:1], self.labels[:1])[-1]
+        given, plain = self.classifier, undefended(self.classifier)
+        target = Target(plain.clip, plain.classes, None if given is plain else partial(rebuilt, given))
+        pair = self.attack.pairs(target, self.images[:1], self.labels[:1])[-1]
         self.unmatched = "each image is scored with a text of its own, which no rival faces" if pair.own else ""
-        self.classifier = rebuilt(self.classifier, ZeroShotClassifier(plain.clip, pair.classes))
+        self.attack = ImageHalf(self.attack, target)
+        self.classifier = rebuilt(given, ZeroShotClassifier(plain.clip, pair.classes))
         self.clean = self.look(self.images)
 
     def look(self, images: Tensor, size: int | None = None, classifier: Classifier | None = None) -> Tensor:
