@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustclip import models
-from robustclip.attacks import APGD, FGSM, PGD, AutoAttack, FeaturePGD, FromTorchattacks, Square, UniformNoise
+from robustclip.attacks import APGD, FGSM, PGD, AutoAttack, FeaturePGD, FromTorchattacks, Square, UniformNoise, square
 from robustclip.attacks.ascent import NORMS
+from robustclip.attacks.base import as_attack
+from robustclip.component import component
 from robustclip.data.roles import role, tinyworld_samples
 from robustclip.randomness import own_noise
 
@@ -564,6 +566,193 @@ def test_l2_agrees_with_torchattacks_on_a_linear_model(steps):
     theirs = torchattacks.PGDL2(classifier, eps=0.3, alpha=0.1, steps=steps, random_start=False)(images, labels)
     ours = PGD(eps=0.3, steps=steps, step_size=0.1, norm="l2", start="image")(classifier, images, labels)
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("eps", "alpha"), [(4 / 255, 4 / 255), (2 / 255, 0.5 / 255)])
+def test_the_last_point_without_a_stop_is_torchattacks_pgd(embedded, eps, alpha):
+    """Bit for bit, for images right and wrong."""
+    classifier, images, labels = embedded
+    labels = labels.where(torch.arange(len(labels)) % 4 > 0, (labels + 1) % 10)
+    theirs = torchattacks.PGD(classifier, eps=eps, alpha=alpha, steps=4, random_start=False)(images, labels)
+    last = PGD(eps=eps, steps=4, step_size=alpha, start="image", keep="last", stop=False)
+    assert torch.equal(last(classifier, images, labels), theirs)
+
+
+def plain_pgd(classifier, images, labels, eps, steps, step_size, start):
+    """As MMCoA's code tests: steps of the gradient's sign, the last point counts."""
+    points = (images + start).clamp(0, 1)
+    for _ in range(steps):
+        points.requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(classifier(points), labels, reduction="sum"), points)
+        points = (images + (points.detach() + step_size * slope.sign() - images).clamp(-eps, eps)).clamp(0, 1)
+    return points
+
+
+def test_the_last_iterate_of_mmcoa():
+    classifier, images = bumpy(), tiny_images(60)
+    labels = torch.arange(60) % 5
+    ours = PGD(eps=0.02, steps=7, step_size=0.02, keep="last", stop=False, seed=3)(classifier, images, labels)
+    expected = plain_pgd(classifier, images, labels, 0.02, 7, 0.02, 0.02 * own_noise(images, 3))
+    assert torch.equal(ours, expected)
+    kept = PGD(eps=0.02, steps=7, step_size=0.02, seed=3)(classifier, images, labels)
+    assert not torch.equal(ours, kept)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_momentum_is_that_of_fare(norm):
+    """Its inner loop by hand: v = g / |g|, velocity = (m velocity + v) / |.|, one step, projections."""
+    classifier, images, eps, size = bumpy(), tiny_images(20), 0.1, 0.03
+    labels = torch.arange(20) % 5
+    change, velocity, unit = torch.zeros_like(images), torch.zeros_like(images), NORMS[norm]
+    for _ in range(6):
+        change.requires_grad_()
+        loss = F.cross_entropy(classifier(images + change), labels, reduction="sum")
+        (slope,) = torch.autograd.grad(loss, change)
+        velocity = unit.ascend(0.9 * velocity + unit.ascend(slope))
+        change = unit.project(change.detach() + size * velocity, eps)
+        change = (images + change).clamp(0, 1) - images
+    attack = PGD(eps=eps, steps=6, step_size=size, momentum=0.9, norm=norm, start="image", keep="last", stop=False)
+    found = attack(classifier, images, labels)
+    assert torch.allclose(found, images + change, atol=1e-5)
+    plain = replace(attack, momentum=0.0)(classifier, images, labels)
+    assert torch.allclose(found, plain, atol=1e-3) == (norm == "linf"), "the sign of 0.9 v + sign(g) is that of g"
+
+
+# --- what others give us ----------------------------------------------------------------------------------------------
+
+
+def layouts(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same pixels in other orders of memory."""
+    return {
+        "channels last": images.to(memory_format=torch.channels_last),
+        "transposed": images.transpose(2, 3).contiguous().transpose(2, 3),
+        "every second": images.repeat_interleave(2, 0)[::2],
+        "expanded": images[:1].expand(len(images), -1, -1, -1),
+    }
+
+
+@table
+@pytest.mark.parametrize("layout", layouts(tiny_images(2)))
+def test_layouts_of_memory_do_not_matter(attack, layout):
+    """Also for a model that turns pixels around itself."""
+    classifier, images = linear(), tiny_images(6)
+
+    def turning(points: torch.Tensor) -> torch.Tensor:
+        return classifier(points.to(memory_format=torch.channels_last).contiguous())
+
+    given = layouts(images)[layout]
+    labels = predicted(classifier, given)
+    expected = attack(classifier, given.clone(memory_format=torch.contiguous_format), labels)
+    assert torch.equal(attack(turning, given, labels), expected)
+
+
+@table
+def test_inference_mode_is_left_while_attacking(attack):
+    classifier = linear()
+    labels = predicted(classifier, tiny_images())
+    with torch.inference_mode():
+        images, own = tiny_images(), labels.clone()
+        inside = attack(classifier, images, own)
+    assert torch.equal(inside, attack(classifier, tiny_images(), labels))
+
+
+@table
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pixels_too_coarse_for_a_budget(attack, dtype):
+    with pytest.raises(ValueError, match="too coarse for a budget"):
+        attack(linear(), tiny_images(4).to(dtype), torch.zeros(4, dtype=torch.long))
+
+
+@table
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda logits: (logits, logits), r"must return logits of shape \(4, classes\), got a tuple"),
+        (lambda logits: logits[:, 0], r"got shape \(4,\)"),
+        (lambda logits: logits[None], r"got shape \(1, 4, 3\)"),
+        (lambda logits: logits[:2], r"got shape \(2, 3\)"),
+        (lambda logits: logits * torch.nan, "gives NaN logits"),
+    ],
+)
+def test_what_is_no_table_of_logits(attack, spoil, message):
+    classifier = linear()
+    with pytest.raises(ValueError, match=message):
+        attack(lambda images: spoil(classifier(images)), tiny_images(4), torch.zeros(4, dtype=torch.long))
+
+
+@table
+def test_passes_are_at_most_what_is_said(attack, monkeypatch):
+    """Nothing breaks: every image takes the whole way."""
+    classifier, images, counts = linear(5), tiny_images(6), [0, 0]
+    monkeypatch.setattr(square, "TOGETHER", 1)
+    classifier[1].bias.data[0] += 1e3
+
+    def counted(points: torch.Tensor) -> torch.Tensor:
+        counts[0] += len(points)
+        if points.requires_grad and torch.is_grad_enabled():
+            points = points.view_as(points)
+            points.register_hook(lambda slope: counts.__setitem__(1, counts[1] + len(slope)))
+        return classifier(points)
+
+    attack(counted, images, torch.zeros(6, dtype=torch.long))
+    forward, backward = attack.passes(5)
+    assert counts[0] <= 6 * forward
+    assert counts[1] <= 6 * backward
+    if isinstance(attack, PGD | APGD | FGSM | FeaturePGD | UniformNoise):
+        assert counts == [6 * forward, 6 * backward]
+
+
+@component
+class Own:
+    """A user's attack, and ways in which one goes wrong."""
+
+    eps: float = 0.1
+    fault: str = ""
+
+    def __call__(self, classifier, images, labels):
+        faults = {
+            "": lambda found: found,
+            "far": lambda found: (found + 0.2).clamp(0, 1),
+            "small": lambda found: found[..., :2],
+            "few": lambda found: found[:-1],
+            "nan": lambda found: found * torch.nan,
+            "bright": lambda found: found + 1,
+            "numpy": lambda found: found.numpy(),
+        }
+        return faults[self.fault]((images + self.eps).clamp(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("far", r"they leave the budget eps=0\.1 by 0\.2"),
+        ("small", r"their shape is \(4, 3, 4, 2\) instead of"),
+        ("few", r"their shape is \(3, 3, 4, 4\) instead of"),
+        ("nan", "NaN or infinity"),
+        ("bright", r"must lie in \[0, 1\]"),
+        ("numpy", "must be a torch.Tensor"),
+    ],
+)
+def test_what_own_attacks_return_is_checked(fault, message):
+    images, labels = tiny_images(4, high=0.6), torch.zeros(4, dtype=torch.long)
+    fine, broken = as_attack(Own()), as_attack(Own(fault=fault))
+    assert torch.equal(fine(linear(), images, labels), (images + 0.1).clamp(0, 1))
+    assert fine.eps == 0.1
+    with pytest.raises(ValueError, match=f"Own.*cannot be scored: .*{message}"):
+        broken(linear(), images, labels)
+
+
+def test_own_attacks_tell_their_settings():
+    assert as_attack(PGD(eps=0.1)) == PGD(eps=0.1)
+    assert repr(as_attack(Own(eps=0.2))) == "OwnAttack(attack=Own(eps=0.2))"
+    for nothing in (lambda classifier, images, labels: images, object(), 3):
+        with pytest.raises(ValueError, match="no attack whose repr tells its settings"):
+            as_attack(nothing)
+
+
+def test_attacks_that_would_do_nothing():
+    with pytest.raises(ValueError, match=r"steps=-1 .* at least 1"):
+        FromTorchattacks(name="FAB", eps=0.1, settings={"steps": -1})
 
 
 # --- settings and bad input -------------------------------------------------------------------------------------------

@@ -70,6 +70,21 @@ class FromTorchattacks(Attack):
         """The norm that measures `eps`."""
         return dict(self.settings).get("norm", "L2" if self.name in L2_ONLY else "Linf").lower()
 
+    def passes(self, classes: int) -> tuple[int, int]:
+        """About as many as its steps and restarts say; FAB looks twice in a step, and at all classes or one by one."""
+        known = {name: entry.default for name, entry in signature(load(self.name)).parameters.items()}
+        known |= dict(self.settings)
+        if "attacks" in known:
+            forward, backward = zip(*(part.passes(classes) for part in known["attacks"]), strict=True)
+            return 1 + sum(forward), sum(backward)
+        runs = known.get("n_restarts", 1) * known.get("eot_iter", 1)
+        steps = runs * known.get("steps", known.get("n_queries", 1))
+        if self.name != "FAB":
+            return 1 + runs + steps, steps
+        targets = min(known["n_classes"], classes) - 1
+        forward = 2 + 2 * steps + 6 * runs
+        return (1 + forward * targets, steps * targets) if known["multi_targeted"] else (1 + forward, steps * classes)
+
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """Let torchattacks work on the images, then keep what is a number and lies in the budget."""
         with seeded(self.seed, images.device), torch.enable_grad():
