@@ -14,6 +14,7 @@ import torch
 
 from robustclip import models
 from robustclip.component import rebuild, settings
+from robustclip.data.roles import role
 from robustclip.study import evaluate, fine_tuned, grid, plan_training, scale, training_facts
 from robustclip.study import trained as module
 from robustclip.study.trained import FACTS, model_name, retrace
@@ -118,6 +119,19 @@ def test_settings_of_the_scale_reach_the_recipes(small, tmp_path):
         small.recipe("TeCoA", speed=3)
 
 
+def test_updates_follow_the_shots_or_are_fixed(small, tmp_path):
+    """The scale's number of updates is the most there are; set aside, the epochs alone count."""
+
+    def updates(**how):
+        found = fine_tuned(small, ["TeCoA"], "cifar10", [1, 2, 12], store=tmp_path, device="cpu", **how).values()
+        sizes = {model: len(role("cifar10").classes) * model.recipe.shots for model in found}
+        return [model.recipe.optimisation.updates_on(size) for model, size in sizes.items()]
+
+    assert updates() == [2, 2, 2]
+    assert updates(epochs=4) == [2, 2, 2]
+    assert updates(epochs=4, updates=None) == [5, 10, 60]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_new_code_trains_anew_only_where_the_scale_says_so(small, tmp_path, updates, monkeypatch, recompute):
     small = replace(small, recompute_stale=recompute)
@@ -129,6 +143,17 @@ def test_new_code_trains_anew_only_where_the_scale_says_so(small, tmp_path, upda
     assert (second.digest, second.stale) == (first.digest, not recompute)
     assert (second.folder() != first.folder()) == recompute
     assert len(updates) == (4 if recompute else 2)
+
+
+def test_a_change_that_was_confirmed_makes_no_model_stale(small, tmp_path, monkeypatch):
+    tuned = one(small, tmp_path)
+    tuned.folder()
+    old = tuned.provenance()
+    monkeypatch.setattr(module, "digests", lambda *parts: dict.fromkeys(old, "new"))
+    assert tuned.stale
+    same = {f"trained by {name}": {digest: {"new": "new"}} for name, digest in old.items()}
+    monkeypatch.setattr("robustclip.study.evaluate.confirmed", lambda scale: same)
+    assert not tuned.stale
 
 
 def test_an_interrupted_training_goes_on(small, tmp_path, updates, monkeypatch):

@@ -27,7 +27,8 @@ from robustclip.component import identity
 from robustclip.data.roles import role as find_role
 from robustclip.data.sources import facts
 from robustclip.files import file_digest, locked, write_whole
-from robustclip.study.bench import device_name
+from robustclip.study.bench import TRAINED, device_name
+from robustclip.study.evaluate import is_stale
 from robustclip.study.provenance import commit, digests, versions
 from robustclip.study.scales import Scale
 from robustclip.study.scales import scale as find_scale
@@ -134,7 +135,11 @@ class Tuned(os.PathLike):
     @property
     def stale(self) -> bool:
         """Whether the finished model was trained by other code; scales with `recompute_stale` then train another."""
-        return self.finished() and read_facts(self._whole)["provenance"] != self.provenance()
+        if not self.finished():
+            return False
+        codes = read_facts(self._whole)["provenance"], self.provenance()
+        then, now = ({TRAINED + name: digest for name, digest in code.items()} for code in codes)
+        return is_stale({"cell": {"scale": self.scale}, "provenance": then}, now)
 
     def facts(self) -> dict:
         """What its training took: from the store, else as shipped; else it is trained."""

@@ -61,19 +61,16 @@ class Recipe(ABC):
         `epochs` without `updates` set aside the fixed number of updates.
         """
         settings = ({"updates": None} if settings.get("epochs") else {}) | settings
-        parts = {field.name: field.default for field in fields(cls)}
-        known = {name: ("", name) for name in parts}
-        for part in ("optimisation", "attack"):
-            known |= {field.name: (part, field.name) for field in fields(known.pop(part) and parts[part])}
-        known["attack_steps"] = known.pop("steps")
-        if unknown := [name for name in settings if name not in known]:
-            raise ValueError(f"setting {unknown[0]!r} does not fit {cls.__name__}; it has {', '.join(sorted(known))}")
-        given: dict[str, dict] = {"": {}, "optimisation": {}, "attack": {}}
-        for name, value in settings.items():
-            part, field = known[name]
-            given[part][field] = value
-        own = given.pop("")
-        return cls(**own, **{part: replace(parts[part], **values) for part, values in given.items() if values})
+        parts = {"optimisation": cls.optimisation, "attack": cls.attack}
+        home = {"attack_steps" if name == "steps" else name: part for part in parts for name in vars(parts[part])}
+        own = {field.name for field in fields(cls)} - parts.keys()
+        if unknown := [name for name in settings if name not in own and name not in home]:
+            known = ", ".join(sorted([*own, *home]))
+            raise ValueError(f"setting {unknown[0]!r} does not fit {cls.__name__}; choose among {known}")
+        for part in parts:
+            given = {name: value for name, value in settings.items() if home.get(name) == part}
+            parts[part] = replace(parts[part], **{name.removeprefix("attack_"): value for name, value in given.items()})
+        return cls(**{name: value for name, value in settings.items() if name in own}, **parts)
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
