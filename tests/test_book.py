@@ -242,6 +242,16 @@ def test_warm_kernels_are_as_good_as_new_and_die_alone(small_book):
         assert notebook.metadata.kernelspec.name == "python3"
 
 
+def test_nothing_is_left_running_when_the_tool_is_killed():
+    command = "import os, sys, time; sys.path.insert(0, 'tools'); import execute; from concurrent import futures as f\n"
+    command += "pool = f.ProcessPoolExecutor(1, initializer=execute.end_with, initargs=(os.getpid(),))\n"
+    command += "print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert int(process.stdout.readline()) != process.pid
+        process.kill()
+        process.communicate(timeout=30)  # the worker holds the pipe as long as it runs
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_failing_notebook_shows_its_cell_and_traceback(small_book):
     execute, root, write = small_book

@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 import nbformat
 import papermill
@@ -173,13 +175,24 @@ def run_all(jobs: list[Job]) -> list[str]:
 def run_together(jobs: list[Job], workers: int, kernel: str) -> list[str]:
     """Run jobs side by side; return what went wrong."""
     failures = []
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with, initargs=(os.getpid(),)) as pool:
         running = {pool.submit(run, job, kernel): job for job in jobs}
         for future in as_completed(running):
             job, failure = running[future], future.result()
             failures += [failure] if failure else []
             print("FAILED" if failure else f"{record(job.target)['seconds']:5.1f} s", job.name, flush=True)
     return failures
+
+
+def end_with(parent: int) -> None:
+    """End this process, and with it its kernel, when the parent is gone: one that is killed tells nobody."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def lay_out(out: Path) -> None:
