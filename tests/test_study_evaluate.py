@@ -72,17 +72,17 @@ def test_accuracies_are_those_computed_by_hand(tmp_path):
 
 
 def test_outcomes_of_several_seeds_stand_in_the_order_of_seeds(tmp_path):
-    later, first = (cells({"fake": FakeClip(shift)}, seeds=[seed]) for shift, seed in ((0.3, 7), (0.0, 0)))
-    results = evaluate([*later, *first], tmp_path)
-    found = judged(results, tmp_path, role="cifar10", attack="Step")
-    results = results[results["attack"] == "Step"]
+    clean = {"clean": None}
+    models = {7: {"fake": FakeClip(0.3)}, 0: {"fake": FakeClip()}}
+    results = evaluate([cells(model, clean, seeds=[seed])[0] for seed, model in models.items()], tmp_path)
+    found = judged(results, tmp_path, role="cifar10", attack="clean")
     assert found.shape == (2, 30)
     for row, (_, result) in zip(found, results.sort_values("seed").iterrows(), strict=True):
         assert row.tolist() == outcomes(result, tmp_path).tolist()
     assert found[0].tolist() != found[1].tolist()
-    with pytest.raises(ValueError, match=r"0 results for {'role': 'dtd'}, of seeds \[\]"):
+    with pytest.raises(ValueError, match=r"0 results for {'role': 'dtd'}, seeds \[\]"):
         judged(results, tmp_path, role="dtd")
-    with pytest.raises(ValueError, match="select one of each seed"):
+    with pytest.raises(ValueError, match="select one result per seed"):
         judged(pd.concat([results, results]), tmp_path)
 
 
