@@ -127,6 +127,20 @@ def test_every_component_inside_counts():
     assert names == {"SepAttack", "PGD", "BertAttack"}
 
 
+def test_a_component_of_a_notebook_counts_by_its_cell():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    cell = "from robustclip.component import component\n\n@component\nclass Mine:\n    k: int = 1\n\n"
+    cell += "    def __call__(self, x):\n        return x * self.k + 1\n"
+    found = []
+    for text in (cell, cell.replace("+ 1", "+ 2"), "\n# words\n" + cell):
+        assert shell.run_cell(text).success
+        found.append(digests(shell.user_ns["Mine"](k=2)))
+    assert set(found[0]) == {"own:Mine"}
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_component_of_a_script_counts_by_its_source_and_what_that_uses(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 

@@ -11,6 +11,7 @@ source and by what that refers to. Files below `assets` count where a definition
 import ast
 import hashlib
 import inspect
+import linecache
 import platform
 import subprocess
 import sys
@@ -268,14 +269,22 @@ def _own_digest(kind: Any) -> str:
     return _hash([*counted, *(text for symbol in closure(*symbols) for text in _dumps(*symbol))])
 
 
+def _tree_of(kind: Any) -> ast.stmt:
+    """The syntax tree of a function or class; of a class in a notebook, from the cell where its methods are."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    except (OSError, TypeError):
+        cells = {part.__code__.co_filename for part in vars(kind).values() if inspect.isfunction(part)}
+        trees = (node for cell in cells for node in ast.walk(ast.parse("".join(linecache.getlines(cell)))))
+        for node in trees:
+            if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
+                return node
+    raise ValueError(f"the source of {kind.__qualname__} is not to be had; define it in a file or a cell")
+
+
 def _own_source(kind: Any) -> tuple[ast.AST, list[Symbol], list[Any]]:
     """The syntax tree of a definition with the constants it uses; the symbols and the own definitions it refers to."""
-    try:
-        node = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    except (OSError, TypeError) as error:
-        raise ValueError(
-            f"the source of {kind.__qualname__} is not to be had; define it in a file or a cell"
-        ) from error
+    node = _tree_of(kind)
     around, bound, more = vars(sys.modules[kind.__module__]), {}, []
     for name in sorted({part.id for part in ast.walk(node) if isinstance(part, ast.Name)}):
         value = around.get(name)
