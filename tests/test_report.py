@@ -428,6 +428,9 @@ def test_evidence_tells_what_decides_nothing_and_what_lies_outside():
     text = repr(report.verdicts({"quick": frame}))
     assert "side (decides nothing)" in text
     assert "○ outside this world (no room below 2 %)" in text
+    own = repr(report.verdicts({"quick": frame.assign(printed="")})).splitlines()[2]
+    assert "printed" in text.splitlines()[2]
+    assert "printed" not in own
 
 
 def test_verdicts_of_many_pages_lead_to_them_and_have_one_anchor_each(found):
@@ -545,7 +548,8 @@ def test_figures_have_a_caption_and_charts_an_svg(sweep):
     again = report.show(report.curves(sweep, panels="dataset", title="A & B"), "Lines that fall with eps", "Mine.")
     assert again.svg == chart.svg
     assert again.caption == "Mine."
-    images = report.show(report.image_grid(torch.zeros(1, 3, 8, 8)), alt="One black image")
+    images = report.show(report.image_grid(torch.zeros(1, 3, 8, 8), titles=["star"]), alt="One black image")
+    assert images.caption == "star"
     assert not Page(images._repr_html_()).all("a")
 
 

@@ -46,6 +46,8 @@ def verdicts(found: Mapping[str, pd.DataFrame], caption: str = "Claims under tes
         verdicts = [_verdict(mine[mine["scale"] == scale]) for scale in found]
         lines.append((Field(number, html=name), Field(first["statement"]), Field(printed), *verdicts))
     heads = ("claim", "statement", "printed", *(WORLDS.get(scale, scale) for scale in found))
+    if not rows["printed"].any():  # statements of our own, printed nowhere
+        heads, lines = (*heads[:2], *heads[3:]), [(*line[:2], *line[3:]) for line in lines]
     table = HtmlTable(heads, tuple(lines), 1, caption)
     evidence = _evidence(rows, found)
     folding = folded("Evidence: every condition at every scale", evidence._repr_html_())

@@ -82,7 +82,7 @@ class Picture:
 def show(figure: Figure, alt: str, caption: str = "") -> Picture:
     """Turn a figure into a picture (PNG, or WebP if too large); `alt` says what it shows to those who cannot see it.
 
-    The caption is the figure's title if none is given. Charts can be saved as SVG, too. Tick labels that would overlap
+    Without a caption, the title of the figure is taken. Charts can be saved as SVG, too. Tick labels that would overlap
     are abbreviated and turned first.
     """
     if len(alt.split()) < 3 or "{" in alt:
@@ -103,7 +103,8 @@ def show(figure: Figure, alt: str, caption: str = "") -> Picture:
         if file.tell() <= LIMIT:
             break
     chart, notes = svg.getvalue() if svg.tell() <= LIMIT else "", tuple(figure.get_label().splitlines())
-    return Picture(file.getvalue(), kind, image.width // 2, alt, caption or figure.get_suptitle(), notes, chart)
+    caption = caption or figure.get_suptitle() or (figure.axes[0].get_title() if len(figure.axes) == 1 else "")
+    return Picture(file.getvalue(), kind, image.width // 2, alt, caption, notes, chart)
 
 
 def curves(
