@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from robustclip import models
 from robustclip.component import rebuild, settings
 from robustclip.data.roles import role
-from robustclip.study import evaluate, fine_tuned, grid, plan_training, scale, training_facts
+from robustclip.study import evaluate, fine_tuned, grid, is_stale, plan_training, scale, training_facts
 from robustclip.study import trained as module
 from robustclip.study.trained import FACTS, model_name, retrace
 from robustclip.training.checkpoint import CHECKPOINT
@@ -152,7 +153,7 @@ def test_a_change_that_was_confirmed_makes_no_model_stale(small, tmp_path, monke
     monkeypatch.setattr(module, "digests", lambda *parts: dict.fromkeys(old, "new"))
     assert tuned.stale
     same = {f"trained by {name}": {digest: {"new": "new"}} for name, digest in old.items()}
-    monkeypatch.setattr("robustclip.study.evaluate.confirmed", lambda scale: same)
+    monkeypatch.setattr(sys.modules[is_stale.__module__], "confirmed", lambda scale: same)
     assert not tuned.stale
 
 
