@@ -1,5 +1,6 @@
 """The study engine: cells, the grid that makes them, the store that keeps them, and the numbers papers print."""
 
+from robustclip.study.averages import averages
 from robustclip.study.cells import Cell, grid
 from robustclip.study.claims import (
     Claim,
@@ -34,9 +35,9 @@ from robustclip.study.trained import Tuned, fine_tuned, model_name, plan_trainin
 
 __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Tuned", "Verdict", "artifact",
-    "audit_cell", "compare", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid", "hierarchical",
-    "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "macro", "mcnemar", "mean_interval", "model_name",
-    "named", "outcomes", "paired_difference", "parse_eps", "plan", "plan_training", "reference", "reported",
-    "reported_papers", "reproduce", "room", "scale", "scale_names", "shipped_folder", "training_facts",
-    "verdict_table", "verdicts_by_scale", "versions", "wilson",
+    "audit_cell", "averages", "compare", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
+    "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "macro", "mcnemar",
+    "mean_interval", "model_name", "named", "outcomes", "paired_difference", "parse_eps", "plan", "plan_training",
+    "reference", "reported", "reported_papers", "reproduce", "room", "scale", "scale_names", "shipped_folder",
+    "training_facts", "verdict_table", "verdicts_by_scale", "versions", "wilson",
 ]  # fmt: skip

@@ -35,6 +35,7 @@ from robustclip.study.scales import scale as find_scale
 from robustclip.study.shipped import shipped_models
 from robustclip.study.store import Store, unusable
 from robustclip.training.checkpoint import CHECKPOINT
+from robustclip.training.interpolation import interpolate
 from robustclip.training.loop import Run, train
 from robustclip.training.parallel import wait, world
 from robustclip.training.pictures import Pictures
