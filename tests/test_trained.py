@@ -107,6 +107,29 @@ def test_models_are_trained_once_and_described(small, tmp_path, updates):
     assert facts["base"].unique().tolist() == [models.load(device="cpu").digest]
 
 
+def test_models_between_the_base_and_a_tuned_one(small, tmp_path, updates):
+    """Named without weights, made once from the finished model, and its code is that of the training and the mixing."""
+    tuned = one(small, tmp_path)
+    half = tuned.between(0.5)
+    assert tuned.between(1) == tuned
+    assert len({model.digest for model in (tuned, half, tuned.between(0.25))}) == 3
+    assert rebuild(settings(half)) == half
+    assert not updates
+    assert set(half.provenance()) - set(tuned.provenance())
+    ends = [models.load(name, "cpu").network.state_dict() for name in ("tinyworld-clip", os.fspath(tuned))]
+    mixed = models.load(os.fspath(half), "cpu").network.state_dict()
+    for name, value in mixed.items():
+        if value.is_floating_point():
+            assert torch.allclose(value, (ends[0][name] + ends[1][name]) / 2, atol=1e-6)
+    assert any(not torch.equal(*(end[name] for end in ends)) for name in mixed)
+    stamp = Path(half).stat().st_mtime_ns
+    assert Path(os.fspath(tuned.between(0.5))).stat().st_mtime_ns == stamp
+    assert half.facts() == tuned.facts()
+    assert len(updates) == 2
+    with pytest.raises(ValueError, match="weight=2"):
+        tuned.between(2)
+
+
 def test_settings_of_the_scale_reach_the_recipes(small, tmp_path):
     """The scale's table, then the recipe's own one, then what the call says; another seed is another model."""
     recipe = small.recipe("MMCoA", seed=2, rate=3e-5)

@@ -14,7 +14,7 @@ SAME = ["scale", "model", "task", "metric", "attack", "attacker", "defense", "ep
 def averages(frame: pd.DataFrame, sets: Mapping[str, Sequence[str]], store: Where = None) -> pd.DataFrame:
     """Accuracy over the roles of each of the `sets`, with the interval of `macro` over seeds and images.
 
-    Rows in the shape of `evaluate`, `n` images of each role: averages(results, {"avg15": ROLES, "CIFAR10": ["cifar10"]})
+    Rows in the shape of `evaluate`, with `n` images of each role: averages(results, {"avg15": ROLES}).
     Cells that differ in role and seed alone are averaged, so that all have the same n: the largest that all roles of
     the set and all seeds were measured on. What lacks a role has no row.
     """

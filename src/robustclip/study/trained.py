@@ -21,7 +21,7 @@ import pandas as pd
 
 from robustclip import models
 from robustclip.attacks.language import load_language_model
-from robustclip.checks import check_folder
+from robustclip.checks import check_folder, check_range
 from robustclip.classes import Classes
 from robustclip.component import identity
 from robustclip.data.roles import role as find_role
@@ -58,7 +58,8 @@ def model_name(recipe: str, role: str, shots: int | None = None) -> str:
 class Tuned(os.PathLike):
     """A CLIP after a recipe on a role's training pictures; as a path it is the folder of its weights.
 
-    Only `folder` (and with it `os.fspath`) trains, where the store holds no finished model. `at` is a stage on the way.
+    Only `folder` (and with it `os.fspath`) trains, where the store holds no finished model. `at` is a stage on the way,
+    `weight` a place on the line from the weights of the base (0) to those of the tuned model (1).
     """
 
     name: str  # as tables call it
@@ -71,6 +72,7 @@ class Tuned(os.PathLike):
     recompute: bool = False  # whether other code makes another model
     stages: int = 1
     at: int | None = None
+    weight: float = 1.0
     store: str | None = None  # folder of results
     device: str = "auto"
 
@@ -89,7 +91,8 @@ class Tuned(os.PathLike):
             language = {"language_model": lambda name: load_language_model(name, base).digest}
             made = {"recipe": identity(self.recipe, language), "base": base.digest, "data": data["digest"],
                     "pictures": self.pictures, "classes": Classes(data["names"], data["prompts"]).digest}  # fmt: skip
-        return made | ({} if self.at is None else {"stage": [self.at, self.stages]})
+        made |= {} if self.at is None else {"stage": [self.at, self.stages]}
+        return made | ({} if self.weight == 1 else {"weight": self.weight})
 
     @cached_property
     def digest(self) -> str:
@@ -97,12 +100,16 @@ class Tuned(os.PathLike):
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:24]
 
     def provenance(self) -> dict[str, str]:
-        """Digests of the code that trains it, as it is now."""
-        return digests(self.recipe, train)
+        """Digests of the code that makes it, as it is now."""
+        return digests(self.recipe, train, *[interpolate] * (self.weight != 1))
 
     def stage(self, number: int) -> "Tuned":
         """The model after so many of its `stages`; the last is the finished one."""
-        return replace(self, at=None if number == self.stages else number)
+        return replace(self, at=None if number == self.stages else number, weight=1.0)
+
+    def between(self, weight: float) -> "Tuned":
+        """The model at this place on the line from the base (0) to this one (1); no further training."""
+        return replace(self, weight=float(check_range("weight", weight, 0, 1)))
 
     # --- where it is
 
@@ -113,14 +120,24 @@ class Tuned(os.PathLike):
         """The folder of the weights, which are trained now if they are not there; what was interrupted goes on."""
         if world()[1] > 1 or not self.finished():  # several processes look together
             self._train()
-        return self._whole if self.at is None else self._whole / f"stage-{self.at}"
+        end = self._whole if self.at is None else self._whole / f"stage-{self.at}"
+        place = end if self.weight == 1 else end / f"weight-{self.weight:g}"
+        if not place.is_dir():
+            mixed = interpolate(_base(self.base, self.device), models.load(str(end), self.device), self.weight)
+            models.save(mixed, end / f"unfinished-{os.getpid()}").replace(place)
+        return place
 
     @cached_property
     def _whole(self) -> Path:
         """The folder of the finished model."""
         name = self.stage(self.stages).digest
         if self.recompute:
-            name += "-" + hashlib.sha256(json.dumps(self.provenance(), sort_keys=True).encode()).hexdigest()[:8]
+            name += (
+                "-"
+                + hashlib.sha256(json.dumps(self.stage(self.stages).provenance(), sort_keys=True).encode()).hexdigest()[
+                    :8
+                ]
+            )
         return Store(self.store).root / self.scale / "models" / name
 
     def finished(self) -> bool:
@@ -136,11 +153,15 @@ class Tuned(os.PathLike):
     @property
     def stale(self) -> bool:
         """Whether the finished model was trained by other code; scales with `recompute_stale` then train another."""
+<<<<<<< HEAD
         if not self.finished():
             return False
         codes = read_facts(self._whole)["provenance"], self.provenance()
         then, now = ({TRAINED + name: digest for name, digest in code.items()} for code in codes)
         return is_stale({"cell": {"scale": self.scale}, "provenance": then}, now)
+=======
+        return self.finished() and read_facts(self._whole)["provenance"] != self.stage(self.stages).provenance()
+>>>>>>> 7a07460 (Models between two others are lazy like tuned ones; averages of a table have one n and equal weight per role)
 
     def facts(self) -> dict:
         """What its training took: from the store, else as shipped; else it is trained."""
@@ -180,7 +201,7 @@ class Tuned(os.PathLike):
         forward, backward = self.recipe.passes()
         weights = (path for path in sorted(self._whole.rglob("*.safetensors")) if path.name != CHECKPOINT)
         return {
-            "model": self.name, "digest": whole.digest, "identity": whole.identity, "provenance": self.provenance(),
+            "model": self.name, "digest": whole.digest, "identity": whole.identity, "provenance": whole.provenance(),
             "recipe": repr(self.recipe), "scale": self.scale, "role": self.role, "source": self.source,
             "shots": self.recipe.shots, "seed": self.recipe.seed, "stages": self.stages, "updates": run.updates,
             "batch_size": batch_size, "pictures": run.updates * batch_size, "per_epoch": len(run.order),
