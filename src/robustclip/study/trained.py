@@ -72,9 +72,9 @@ class Tuned(os.PathLike):
     recompute: bool = False  # whether other code makes another model
     stages: int = 1
     at: int | None = None
-    weight: float = 1.0
     store: str | None = None  # folder of results
     device: str = "auto"
+    weight: float = 1.0
 
     # --- what it is, without weights
 
@@ -91,7 +91,7 @@ class Tuned(os.PathLike):
             language = {"language_model": lambda name: load_language_model(name, base).digest}
             made = {"recipe": identity(self.recipe, language), "base": base.digest, "data": data["digest"],
                     "pictures": self.pictures, "classes": Classes(data["names"], data["prompts"]).digest}  # fmt: skip
-        made |= {} if self.at is None else {"stage": [self.at, self.stages]}
+        made = made | ({} if self.at is None else {"stage": [self.at, self.stages]})
         return made | ({} if self.weight == 1 else {"weight": self.weight})
 
     @cached_property
@@ -130,14 +130,10 @@ class Tuned(os.PathLike):
     @cached_property
     def _whole(self) -> Path:
         """The folder of the finished model."""
-        name = self.stage(self.stages).digest
+        whole = self.stage(self.stages)
+        name = whole.digest
         if self.recompute:
-            name += (
-                "-"
-                + hashlib.sha256(json.dumps(self.stage(self.stages).provenance(), sort_keys=True).encode()).hexdigest()[
-                    :8
-                ]
-            )
+            name += "-" + hashlib.sha256(json.dumps(whole.provenance(), sort_keys=True).encode()).hexdigest()[:8]
         return Store(self.store).root / self.scale / "models" / name
 
     def finished(self) -> bool:
@@ -153,15 +149,11 @@ class Tuned(os.PathLike):
     @property
     def stale(self) -> bool:
         """Whether the finished model was trained by other code; scales with `recompute_stale` then train another."""
-<<<<<<< HEAD
         if not self.finished():
             return False
-        codes = read_facts(self._whole)["provenance"], self.provenance()
+        codes = read_facts(self._whole)["provenance"], self.stage(self.stages).provenance()
         then, now = ({TRAINED + name: digest for name, digest in code.items()} for code in codes)
         return is_stale({"cell": {"scale": self.scale}, "provenance": then}, now)
-=======
-        return self.finished() and read_facts(self._whole)["provenance"] != self.stage(self.stages).provenance()
->>>>>>> 7a07460 (Models between two others are lazy like tuned ones; averages of a table have one n and equal weight per role)
 
     def facts(self) -> dict:
         """What its training took: from the store, else as shipped; else it is trained."""
