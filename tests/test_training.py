@@ -873,6 +873,11 @@ def test_interpolation_needs_one_architecture(clip, pictures):
     framed = train(VP.of(**(SMALL | {"updates": 1})), clip, pictures).clip
     with pytest.raises(ValueError, match=r"differ in 'visual.frame'; give one architecture"):
         interpolate(clip, framed, 0.5)
+    mapped = train(Mapped.of(**(SMALL | {"updates": 1})), clip, pictures).clip
+    with pytest.raises(ValueError, match=r"differ in 'text_transform.matrix'; give one architecture"):
+        interpolate(clip, mapped, 0.5)
+    texts, ends = role("cifar10").prompts, interpolate(mapped, mapped, 0.5)
+    torch.testing.assert_close(ends.encode_texts(texts), mapped.encode_texts(texts))
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
