@@ -130,6 +130,24 @@ def test_models_between_the_base_and_a_tuned_one(small, tmp_path, updates):
         tuned.between(2)
 
 
+def test_updates_follow_the_shots_or_are_equal(small):
+    names = ["TeCoA", "MMCoA"]
+    own = replace(small, training=small.training | {"shots": {"epochs": 2}, "equal": {"updates": 7}})
+    found = tuned_by_shots(own, names, "cifar10", ["1", "5", "50", "full"], seed=3, stages=2)
+    assert list(found)[:3] == ["TeCoA 1-shot", "MMCoA 1-shot", "TeCoA 5-shot"]
+    assert list(found)[-1] == "MMCoA full"
+    assert [model.recipe.shots for model in found.values()] == [1, 1, 5, 5, 12, 12, None, None]  # 12 are all there are
+    assert {(model.recipe.seed, model.stages) for model in found.values()} == {(3, 2)}
+    pictures = [10 * (model.recipe.shots or 12) for model in found.values()]
+    updates = [m.recipe.optimisation.updates_on(count) for m, count in zip(found.values(), pictures, strict=True)]
+    assert updates == [-(-2 * count // 8) for count in pictures]
+    equal = tuned_by_shots(own, names, "cifar10", ["1", "full"], equal=True)
+    assert list(equal)[-1] == "MMCoA full, equal updates"
+    assert {model.recipe.optimisation.updates_on(10) for model in equal.values()} == {7}
+    assert tuned_by_shots(small, names, "cifar10", ["1"], equal=True) == {}
+    assert played_shots("paper", "cifar10", "50") == 50
+
+
 def test_settings_of_the_scale_reach_the_recipes(small, tmp_path):
     """The scale's table, then the recipe's own one, then what the call says; another seed is another model."""
     recipe = small.recipe("MMCoA", seed=2, rate=3e-5)

@@ -31,13 +31,22 @@ from robustclip.study.statistics import (
     wilson,
 )
 from robustclip.study.store import Store
-from robustclip.study.trained import Tuned, fine_tuned, model_name, plan_training, training_facts
+from robustclip.study.trained import (
+    Tuned,
+    fine_tuned,
+    model_name,
+    plan_training,
+    played_shots,
+    training_facts,
+    tuned_by_shots,
+)
 
 __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Tuned", "Verdict", "artifact",
     "audit_cell", "averages", "compare", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
     "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "macro", "mcnemar",
     "mean_interval", "model_name", "named", "outcomes", "paired_difference", "parse_eps", "plan", "plan_training",
-    "reference", "reported", "reported_papers", "reproduce", "room", "scale", "scale_names", "shipped_folder",
-    "training_facts", "verdict_table", "verdicts_by_scale", "versions", "wilson",
+    "played_shots", "reference", "reported", "reported_papers", "reproduce", "room", "scale", "scale_names",
+    "shipped_folder", "training_facts", "tuned_by_shots", "verdict_table", "verdicts_by_scale", "versions",
+    "wilson",
 ]  # fmt: skip

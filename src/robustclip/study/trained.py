@@ -228,6 +228,31 @@ def fine_tuned(
     return found
 
 
+def played_shots(scale: str | Scale, role: str, amount: str) -> int | None:
+    """Pictures per class that play an amount like "50" or "full" (None): the scale may not have as many."""
+    pictures = find_scale(scale).training.get("pictures")
+    most = math.inf if pictures is None else pictures // len(find_role(role).classes)
+    return None if amount == "full" else int(min(int(amount), most))
+
+
+def tuned_by_shots(
+    scale: str | Scale, recipes: Sequence[str], role: str, amounts: Sequence[str], equal: bool = False, **options: Any
+) -> dict[str, Tuned]:
+    """Models that differ in the amount of data, by the names that MMCoA prints: "MMCoA 5-shot", "MMCoA full".
+
+    Updates follow the pictures, by the epochs of the scale's table [training.shots]; or all models take equally many,
+    those of [training.equal]: no models if the scale has no such table. `options` as in `fine_tuned`.
+    """
+    chosen, found = find_scale(scale), {}
+    own = chosen.training.get("equal") if equal else chosen.training.get("shots", {})
+    for amount in amounts if own is not None else ():
+        settings = ({"epochs": None} if equal else {"updates": None}) | own | options
+        models = fine_tuned(chosen, recipes, role, [played_shots(chosen, role, amount)], **settings)
+        found |= {f"{name} {amount}{'-shot' * (amount != 'full')}{', equal updates' * equal}": model
+                  for name, model in zip(recipes, models.values(), strict=True)}  # fmt: skip
+    return found
+
+
 def training_facts(tuned: Iterable[Tuned]) -> pd.DataFrame:
     """What the training of models took, one row each: from the store, else as shipped; else they are trained now."""
     return pd.DataFrame([model.facts() for model in tuned])
