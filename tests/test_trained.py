@@ -16,7 +16,17 @@ import torch
 from robustclip import models
 from robustclip.component import rebuild, settings
 from robustclip.data.roles import role
-from robustclip.study import evaluate, fine_tuned, grid, is_stale, plan_training, scale, training_facts
+from robustclip.study import (
+    evaluate,
+    fine_tuned,
+    grid,
+    is_stale,
+    plan_training,
+    played_shots,
+    scale,
+    training_facts,
+    tuned_by_shots,
+)
 from robustclip.study import trained as module
 from robustclip.study.trained import FACTS, model_name, retrace
 from robustclip.training.checkpoint import CHECKPOINT
