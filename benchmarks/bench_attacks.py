@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from bench_image import EPS, accuracy, pgd_trained
+from resnet import trained_resnet
 from side_by_side import seconds, side_by_side
 from torch import Tensor
 
@@ -24,13 +25,15 @@ import torchattacks  # noqa: E402  torchvision has to be prepared first
 
 IMAGES = {False: 200, True: 64}  # undefended, PGD-trained: there most images meet all 5,000 queries
 STEPS, QUERIES = 10, 5000  # what torchattacks has fixed
+RESNET_EPS, RESNET_IMAGES, RESNET_QUERIES = 1 / 255, 200, 1000
 WEAK = 1 / 255  # a budget at which most images stand
 BATCH = 32  # images attacked at once where their number grows
 
 
 def measure(rounds: int = 3) -> list[dict]:
-    """One row for the undefended embedded model, one for the PGD-trained one."""
-    return [duel(trained, rounds) for trained in progress((False, True), "AutoAttack", unit="case")]
+    """One row for the undefended embedded model, one for the PGD-trained one, one for a ResNet-20 of one's own."""
+    cases = [partial(duel, False), partial(duel, True), on_resnet]
+    return [case(rounds=rounds) for case in progress(cases, "AutoAttack", unit="case")]
 
 
 def duel(trained: bool, rounds: int) -> dict:
@@ -49,6 +52,28 @@ def duel(trained: bool, rounds: int) -> dict:
         accuracy_ours=accuracy(classifier, timing.our_result, labels),
         accuracy_rival=accuracy(classifier, timing.rival_result, labels),
         note=f"{IMAGES[trained]} images, {STEPS} steps, {QUERIES:,} queries, eps {EPS * 255:g}/255",
+    )
+
+
+def on_resnet(rounds: int, images: int = RESNET_IMAGES, queries: int = RESNET_QUERIES) -> dict:
+    """Three parts of AutoAttack on a plain `nn.Module`; theirs, too, run on what the ones before left standing."""
+    network, (pixels, labels) = trained_resnet(), pictures(images)
+    ours = Fast(attack=AutoAttack(eps=RESNET_EPS, steps=STEPS, queries=queries, parts=("apgd-ce", "apgd-t", "square")))
+    parts = [
+        torchattacks.APGD(network, eps=RESNET_EPS, steps=STEPS, loss="ce"),
+        torchattacks.APGDT(network, eps=RESNET_EPS, steps=STEPS, n_classes=10),
+        torchattacks.Square(network, eps=RESNET_EPS, n_queries=queries),
+    ]
+    rival = torchattacks.MultiAttack(parts)
+    with torch.random.fork_rng():
+        timing = side_by_side(
+            lambda: ours(network, pixels, labels), lambda: rival(pixels, labels), rounds, warm_up=False
+        )
+    return timing.row(
+        "APGD-CE, APGD-T and Square, own ResNet-20, cifar10",
+        accuracy_ours=accuracy(network, timing.our_result, labels),
+        accuracy_rival=accuracy(network, timing.rival_result, labels),
+        note=f"{images} images, {STEPS} steps, {queries:,} queries, eps {RESNET_EPS * 255:g}/255",
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).resolve().parent
+LOAD = 0.5  # per core: above it others decide what is measured
 PACKAGES = ("robustclip", "torch", "open_clip_torch", "torchattacks", "textattack", "transformers", "numpy")
 
 
@@ -33,6 +34,11 @@ def processor() -> str:
     found = re.search(r"model name\s*:\s*(.+)", text)
     features = [name for name in ("avx512_bf16", "amx_bf16") if re.search(rf"\b{name}\b", text)]
     return " ".join([found.group(1) if found else platform.processor() or platform.machine(), *features])
+
+
+def busy() -> float:
+    """How much of each core others used in the last minute."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def circumstances(threads: int) -> dict:
@@ -92,6 +98,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use (default: 2)")
     parser.add_argument("--out", type=Path, help="file to write (default: results/cpu.json or the GPU's name)")
     options = parser.parse_args()
+    if (load := busy()) > LOAD:
+        parser.error(
+            f"the machine is busy (load {load:.2f} per core, at most {LOAD} is recorded); wait until it is idle"
+        )
     torch.set_num_threads(options.threads)
     for name in options.only or names():
         print(f"{name}: {options.rounds} rounds on {options.threads} threads ...", flush=True)

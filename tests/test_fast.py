@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustclip import models
-from robustclip.attacks import FGSM, PGD, FeaturePGD, UniformNoise
+from robustclip.attacks import FGSM, PGD, FeaturePGD, Square, UniformNoise
 from robustclip.attacks import fast as fast_attack
 from robustclip.attacks.fast import Fast
 from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses.broken import Saturated
-from robustclip.fast import fast, fast_classifier
+from robustclip.fast import fast, fast_classifier, twin_of
 from robustclip.models import Clip, ZeroShotClassifier
 
 EPS = 6 / 255
@@ -258,7 +258,7 @@ WRONG = {
 def test_a_wrong_twin_neither_overstates_nor_hides(embedded, monkeypatch, twist):
     """However wrong its logits, what stands after the attack is what stands after the attack in float32."""
     classifier, images, labels = embedded
-    monkeypatch.setattr(fast_attack, "fast_classifier", lambda original, precision: Wrong(original, twist))
+    monkeypatch.setattr(fast_attack, "twin_of", lambda original, images, precision: Wrong(original, twist))
     attack = PGD(eps=2 / 255, steps=3)
     truth = standing(classifier, attack(classifier, images, labels), labels)
     ours = Fast(attack=attack)(classifier, images, labels)
@@ -293,11 +293,10 @@ def test_independent_of_batches(order, size):
     assert (torch.cat(parts) - whole[order]).abs().max() < 1e-6
 
 
-def test_other_classifiers_are_attacked_directly(embedded, monkeypatch):
+def test_other_classifiers_are_attacked_directly(embedded):
     """A function, or a user's own kind of zero-shot classifier, has no twin that would be the same."""
     classifier, images, labels = embedded
     images, labels, attack = images[:4], labels[:4], PGD(eps=EPS, steps=2)
-    monkeypatch.setattr(fast_attack, "fast_classifier", None)
 
     class Defended(ZeroShotClassifier):
         def forward(self, images):
@@ -314,7 +313,7 @@ def test_the_twin_stands_behind_the_same_defense(embedded, monkeypatch, precisio
     """What fools is judged by the defended classifier in float32."""
     plain, images, labels = embedded
     attack, made = PGD(eps=2 / 255, steps=4), []
-    monkeypatch.setattr(fast_attack, "fast_classifier", lambda *given: made.append(given) or fast_classifier(*given))
+    monkeypatch.setattr(fast_attack, "twin_of", lambda *given: made.append(given) or twin_of(*given))
     for defended in (Saturated(scale=2.0)(plain), Saturated(scale=2.0)(plain).for_attack()):
         found = Fast(attack=attack, precision=precision)(defended, images, labels)
         direct = attack(defended, images, labels)
@@ -323,7 +322,60 @@ def test_the_twin_stands_behind_the_same_defense(embedded, monkeypatch, precisio
         assert abs(fallen - expected) <= 2
         assert expected > 5
         assert ((found - images).abs() <= 2 / 255 + 1e-6).all()
-    assert made[0] == (plain, precision)
+    assert made[0][0] is plain
+    assert made[0][2] == precision
+
+
+class Convolving(nn.Module):
+    """A small network of a user's own: pixels are normalised, convolved, and looked at by a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.first, self.norm = nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16)
+            self.second, self.head = nn.Conv2d(16, 32, 3, 2, 1), nn.Linear(32 * 16, 10)
+            nn.init.uniform_(self.norm.running_var, 0.5, 1.5)
+
+    def forward(self, images):
+        x = F.relu(self.norm(self.first((images - 0.5) / 0.25)))
+        return 5 * self.head(F.adaptive_avg_pool2d(F.relu(self.second(x)), 4).flatten(1))
+
+
+@pytest.mark.parametrize("attack", [PGD(eps=0.01, steps=5), Square(eps=0.02, queries=80)], ids=repr)
+def test_any_module_that_convolves_pixels_has_a_twin(attack):
+    """In bfloat16 it is close, the original stays as it was, and what falls does so in float32."""
+    network, images = Convolving().train(), some_images(48, 16)
+    weights = copy.deepcopy(network.state_dict())
+    network.eval()
+    twin = twin_of(network, images)
+    truth, ours = slope(network, images), slope(twin, images)
+    assert not torch.equal(ours[0], truth[0])
+    assert error(ours[0], truth[0]).max() < 0.05
+    assert F.cosine_similarity(ours[1].flatten(1), truth[1].flatten(1)).min() > 0.9
+    labels = truth[0].argmax(1)
+    expected = standing(network, attack(network, images, labels), labels).sum()
+    found = Fast(attack=attack)(network.train(), images, labels)
+    assert network.training
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    left = standing(network.eval(), found, labels).sum()
+    assert 0 < expected < 48
+    assert abs(left - expected) <= 2
+    assert (found - images).abs().max() <= attack.eps + 1e-6
+
+
+def test_modules_without_a_twin():
+    """No pixels are convolved, precisions are mixed by hand, or it is no module."""
+
+    class Mixing(Convolving):
+        def forward(self, images):
+            return F.linear(self.first(images).float().mean((2, 3)), self.head.weight[:, :16])
+
+    images = some_images(2, 16)
+    for other in (nn.Flatten(), Mixing(), lambda images: images.flatten(1)):
+        assert twin_of(other, images) is None
+    labels, attack = Mixing()(images).argmax(1), PGD(eps=EPS, steps=2)
+    assert torch.equal(Fast(attack=attack)(mixing := Mixing(), images, labels), attack(mixing, images, labels))
 
 
 def test_tokens_of_the_twin(embedded):

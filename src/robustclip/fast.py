@@ -1,7 +1,8 @@
-"""A faster twin of a CLIP, for gradients with respect to pixels and nothing else.
+"""Faster twins of classifiers, for gradients with respect to pixels and nothing else.
 
     twin = fast(clip)                                # the same model, its image tower in bfloat16
     classifier = fast_classifier(zero_shot(clip, role("cifar10")))
+    classifier = twin_of(resnet)                     # of any module that convolves pixels
 
 The image tower is copied once: weights cast, batch norms folded into the convolution before them, attention packed.
 Text features, cosines and logits stay what they were, in float32. The original is not touched.
@@ -9,6 +10,7 @@ Text features, cosines and logits stay what they were, in float32. The original 
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,41 @@ def fast(clip: Clip, precision: str = "bfloat16") -> Clip:
 def fast_classifier(classifier: ZeroShotClassifier, precision: str = "bfloat16") -> ZeroShotClassifier:
     """The same prompts and the same text features on the twin of the classifier's CLIP."""
     return _sharing(ZeroShotClassifier, classifier, clip=fast(classifier.clip, precision))
+
+
+def twin_of(classifier: Callable[[Tensor], Tensor], images: Tensor, precision: str = "bfloat16") -> nn.Module | None:
+    """A faster twin of a zero-shot classifier or any module that convolves pixels; None where none takes the images.
+
+    Nothing says that a module still computes the same: judge what is found on its twin by the original.
+    """
+    if type(classifier) is ZeroShotClassifier:
+        return fast_classifier(classifier, precision)
+    modules = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
+    if not any(map(_sees_pixels, modules)) or any(isinstance(module, Clip) for module in modules):
+        return None
+    twin = _Cast(classifier, PRECISIONS[precision])
+    try:
+        with torch.no_grad():
+            twin(images[:1])
+    except RuntimeError:  # it mixes precisions
+        return None
+    return twin
+
+
+class _Cast(nn.Module):
+    """A copy of any module, cast as the tower of a CLIP is."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.training = _tower(module, dtype), False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) pixels in [0, 1] to (n, classes) logits in float32."""
+        return self.module(images.contiguous(memory_format=torch.channels_last)).float()
+
+
+def _sees_pixels(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and module.in_channels == 3
 
 
 def _twin(clip: Clip, dtype: torch.dtype) -> Clip:
@@ -80,8 +117,7 @@ def _tower(visual: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in list(tower.modules()):
         _fold(module)
     modules = dict(tower.named_modules())
-    convolutions = {name: module for name, module in modules.items() if type(module) is nn.Conv2d}
-    first = {name: copy.deepcopy(one).float() for name, one in convolutions.items() if one.in_channels == 3}
+    first = {name: copy.deepcopy(module).float() for name, module in modules.items() if _sees_pixels(module)}
     tower.to(dtype=dtype if first else None, memory_format=torch.channels_last)
     for name, module in modules.items():
         if name in first:

@@ -10,8 +10,8 @@ from robustclip.attacks.base import Attack, Classifier, ImageAdversary, frozen
 from robustclip.checks import check_choice
 from robustclip.component import component
 from robustclip.defenses.base import rebuilt, unwrapped
-from robustclip.fast import fast_classifier
-from robustclip.models import PRECISIONS, ZeroShotClassifier
+from robustclip.fast import twin_of
+from robustclip.models import PRECISIONS
 
 
 @component
@@ -20,8 +20,8 @@ class Fast(ImageAdversary):
 
     Every image is shown to the classifier itself in float32. One that still stands is attacked again, on the twin in
     float32 and in the end on the classifier, unless the twin's error is too small there to matter for which class comes
-    first. So rounding neither invents a success nor hides one. Only a `ZeroShotClassifier`, with or without defenses,
-    has a twin; anything else is attacked directly.
+    first. So rounding neither invents a success nor hides one. Zero-shot classifiers and other modules that convolve
+    pixels have a twin, with or without defenses; anything else is attacked directly.
     """
 
     attack: Attack
@@ -57,14 +57,12 @@ class Fast(ImageAdversary):
 
     def __call__(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images for (n, 3, h, w) pixels in [0, 1] and (n,) true labels."""
-        plain = unwrapped(classifier)
-        if type(plain) is not ZeroShotClassifier or not len(images):
-            return self.attack(classifier, images, labels)
         adversarial, rows = images.detach().clone(), torch.arange(len(images), device=images.device)
         for precision in dict.fromkeys((self.precision, "float32")):
-            if not len(rows):
+            inside = twin_of(unwrapped(classifier), images, precision) if len(rows) else None
+            if inside is None:
                 break
-            twin = rebuilt(classifier, fast_classifier(plain, precision))
+            twin = rebuilt(classifier, inside)
             adversarial[rows] = self.attack(twin, images[rows], labels[rows])
             rows = rows[self._doubtful(classifier, twin, adversarial[rows], labels[rows])]
         adversarial[rows] = self.attack(classifier, images[rows], labels[rows])
