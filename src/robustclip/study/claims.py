@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -229,12 +230,18 @@ def kept_verdicts(scale: str, part: str, folder: Where = None) -> pd.DataFrame:
     return table
 
 
+def shipped_verdicts(scale: str, part: str) -> pd.DataFrame:
+    """What the pages of a part found at a shipped scale; empty where nothing is shipped, or ignored."""
+    folder = None if os.environ.get("ROBUSTCLIP_FRESH") == "1" else shipped_folder()
+    return kept_verdicts(scale, part, folder) if folder else pd.DataFrame(columns=["page", *COLUMNS]).astype(TYPES)
+
+
 def verdicts_by_scale(
     found: pd.DataFrame, scale: str, page: str, others: Sequence[str] = ("photo", "full")
 ) -> dict[str, pd.DataFrame]:
     """What a page found at every scale: what is shipped of the others, and `found` at this one."""
     part, _, name = page.partition("/")
-    frames = {} if shipped_folder() is None else {one: kept_verdicts(one, part, shipped_folder()) for one in others}
+    frames = {one: shipped_verdicts(one, part) for one in others}
     own = {one: table[table["page"] == name].drop(columns="page") for one, table in frames.items()}
     return own | {scale: found}
 

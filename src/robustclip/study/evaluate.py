@@ -16,7 +16,7 @@ from robustclip.study.bench import TRAINED, Bench, device_name
 from robustclip.study.cells import Cell
 from robustclip.study.provenance import commit, current, versions
 from robustclip.study.shipped import confirmed, shipped, shipped_records
-from robustclip.study.statistics import wilson
+from robustclip.study.statistics import hierarchical, wilson
 from robustclip.study.store import CellFiles, Store, Where
 from robustclip.study.tasks import TASK, numbered
 
@@ -25,6 +25,7 @@ COLUMNS = [
     *("n", "seed", "metric", "accuracy", "low", "high", "distinct", "flags", "seconds", "forward", "backward"),
     *("stale", "origin", "checkpoint", "data", "device", "date", "commit", "key"),
 ]
+SAME = ["scale", "model", "role", "task", "metric", "attack", "attacker", "defense", "eps", "n"]
 
 
 def evaluate(
@@ -126,11 +127,30 @@ def judged(frame: pd.DataFrame, store: Where = None, **where: Any) -> np.ndarray
     return np.stack([outcomes(row, store) for row in frame.sort_values("seed").to_dict("records")])
 
 
-def reference(scale: str) -> pd.DataFrame:
-    """The shipped results of a scale in the shape of `evaluate`; no rows where nothing is shipped."""
+def over_seeds(frame: pd.DataFrame, store: Where = None) -> pd.DataFrame:
+    """One row for cells that differ in their seed only: mean accuracy, its interval over seeds and images."""
+    rows = []
+    for _, part in frame.groupby(SAME, sort=False, dropna=False):
+        row = part.iloc[0].to_dict()
+        if len(part) > 1:
+            found = hierarchical([outcomes(one, store) for one in part.to_dict("records")])
+            row |= {"accuracy": found.value, "low": found.low, "high": found.high, "stale": part["stale"].any()}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=frame.columns)
+
+
+def reference(scale: str, tuned: Iterable[Any] | None = None) -> pd.DataFrame:
+    """The shipped results of a scale in the shape of `evaluate`; no rows where nothing is shipped.
+
+    With `tuned`, of fine-tuned models only those: others may have the same names and other settings.
+    """
     rows = [row for record in shipped_records(scale)
             for row in _rows(record["cell"], record, "shipped", is_stale(record))]  # fmt: skip
-    return pd.DataFrame(rows, columns=COLUMNS)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    if tuned is None or frame.empty:
+        return frame
+    known = {model.digest for model in tuned}
+    return frame[frame["checkpoint"].isin(known) | ~frame["model"].str.contains("/")]
 
 
 def is_stale(record: dict, code: Mapping[str, str] | None = None) -> bool:
