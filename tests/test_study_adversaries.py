@@ -1,5 +1,7 @@
 """Prompts and both attacked in a grid, and audits whose flags stay with the results."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -152,3 +154,14 @@ def test_there_is_nothing_to_audit_without_an_attack_on_images(tmp_path):
 def test_audit_must_be_a_count(tmp_path):
     with pytest.raises(ValueError, match=r"audit=-1 is not allowed"):
         evaluate(cells(FakeClip(), {"clean": None}), tmp_path, audit=-1)
+
+
+def test_an_audit_beside_a_plain_run_keeps_its_flags(tmp_path):
+    chosen = cells(FakeClip(), {"PGD": PGD(eps=2 / 255, steps=2)}, n=4)
+    for turn in range(5):
+        with ThreadPoolExecutor(2) as pool:
+            audited = pool.submit(evaluate, chosen, tmp_path / str(turn), "cpu", None, 4)
+            plain = pool.submit(evaluate, chosen, tmp_path / str(turn), "cpu", 1)
+            assert audited.result()["accuracy"].equals(plain.result()["accuracy"])
+        (record,) = Store(tmp_path / str(turn)).records("quick")
+        assert record["audited"] == 4
