@@ -8,7 +8,9 @@ import pytest
 
 from robustclip.attacks import PGD, AutoAttack, SepAttack, Square
 from robustclip.study import provenance
+from robustclip.study.bench import Bench
 from robustclip.study.provenance import current, digests
+from robustclip.study.tasks import Classify, Retrieve
 
 BASE = '''
 """A module."""
@@ -120,6 +122,15 @@ def test_square_counts_for_autoattack_and_not_for_pgd():
     square = ("robustclip.attacks.square", "Square")
     assert all(square in parts[kind] for kind in (Square, AutoAttack))
     assert square not in parts[PGD]
+
+
+def test_what_measures_every_cell_names_no_attack_and_no_recipe():
+    """So that an edit of one attack leaves the cells of the others alone."""
+    measured = provenance.closure(*((kind.__module__, kind.__name__) for kind in (Bench, Classify, Retrieve, PGD)))
+    modules = {module.removeprefix("robustclip.") for module, _ in measured}
+    assert {"study.bench", "study.tasks", "models", "attacks.gradient", "data.sources"} <= modules
+    for other in ("attacks.square", "attacks.autoattack", "attacks.from_textattack", "training.recipes", "audit"):
+        assert other not in modules
 
 
 def test_every_component_inside_counts():
