@@ -179,8 +179,8 @@ class Adversary(ABC):
         """The attack inside those that only run another one on the images, such as `Fast`; else itself."""
         return self
 
-    def at_precision(self, precision: str) -> "Adversary":
-        """The same with image gradients in this precision, judged in float32, as far as it follows any."""
+    def with_images(self, change: Callable[["Attack"], "ImageAdversary"]) -> "Adversary":
+        """The same with its attack on images changed, if it has one of ours."""
         return self
 
 
@@ -271,11 +271,9 @@ class Attack(ImageAdversary):
         """The same without a stop where an image fools, if it has one."""
         return self
 
-    def at_precision(self, precision: str) -> ImageAdversary:
-        """Inside `Fast`, which judges in float32."""
-        from robustclip.attacks.fast import Fast
-
-        return self if precision == "float32" else Fast(attack=self, precision=precision)
+    def with_images(self, change: Callable[["Attack"], ImageAdversary]) -> ImageAdversary:
+        """This one, changed."""
+        return change(self)
 
 
 @component

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustclip.attacks.base import Attack, Classifier, ImageAdversary, frozen
+from robustclip.attacks.base import Adversary, Attack, Classifier, ImageAdversary, frozen
 from robustclip.checks import check_choice
 from robustclip.component import component
 from robustclip.defenses.base import rebuilt, unwrapped
@@ -46,10 +46,6 @@ class Fast(ImageAdversary):
         """The same without a stop where an image fools."""
         return replace(self, attack=self.attack.unstopped())
 
-    def at_precision(self, precision: str) -> ImageAdversary:
-        """The attack inside in another precision."""
-        return self.attack.at_precision(precision)
-
     def passes(self, classes: int) -> tuple[int, int]:
         """Those of the attack, and two looks at what it made."""
         forward, backward = self.attack.passes(classes)
@@ -77,3 +73,8 @@ class Fast(ImageAdversary):
             error = (self.attack.look(twin, images[standing]) - scores).abs().amax(1)
         best = scores.topk(min(2, scores.shape[1])).values
         return standing[~(best[:, 0] - best[:, -1] > 2 * error)]  # an error that is not a number counts
+
+
+def at_precision(attack: Adversary, precision: str) -> Adversary:
+    """The attack with image gradients in this precision, judged in float32, as far as it follows any."""
+    return attack if precision == "float32" else attack.with_images(lambda one: Fast(attack=one, precision=precision))

@@ -122,9 +122,9 @@ class SepAttack(MultimodalAttack):
         worst, (forward, backward) = self.reading == "worst", self.image.passes(classes)
         return forward * (1 + worst) + worst, backward * (1 + worst)
 
-    def at_precision(self, precision: str) -> "SepAttack":
-        """With the image attack in this precision."""
-        return replace(self, image=self.image.at_precision(precision))
+    def with_images(self, change: Callable[[Attack], Adversary]) -> "SepAttack":
+        """With another image attack."""
+        return replace(self, image=self.image.with_images(change))
 
     def _paired(self, target: Target, images: Tensor, labels: Tensor) -> list[Pair]:
         attacked = self.text.attacked(target)

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 from robustclip.attacks.base import Adversary, as_attack
+from robustclip.attacks.fast import at_precision
 from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.classes import Classes
 from robustclip.component import Resolve, identity, rebuild, settings
@@ -131,7 +132,7 @@ def grid(
         raise ValueError(f"template={template!r} has no {{}}; put {{}} where the class name goes")
     models = models if isinstance(models, Mapping) else {name: chosen.model(name) for name in models}
     attacks = attacks if isinstance(attacks, Mapping) else {name: chosen.attack(name) for name in attacks}
-    attacks = {name: attack and as_attack(attack).at_precision(chosen.precision) for name, attack in attacks.items()}
+    attacks = {name: attack and at_precision(as_attack(attack), chosen.precision) for name, attack in attacks.items()}
     if not isinstance(defenses, Mapping):
         defenses = {"none" if defense is None else type(defense).__name__: defense for defense in defenses}
     defenses = {name: defense and as_defense(defense) for name, defense in defenses.items()}

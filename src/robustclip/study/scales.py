@@ -36,7 +36,7 @@ def scale_names() -> tuple[str, ...]:
     return tuple(sorted(path.name.removesuffix(".toml") for path in found if path.name.endswith(".toml")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scale:
     """One column of the project: the same notebooks with other models, images and budgets."""
 
@@ -74,6 +74,9 @@ class Scale:
         limits = {"images": self.images, "batch_size": self.batch_size, "seeds": self.seeds}
         for name, value in (limits | self.role_images | self.steps | self.sizes).items():
             check_integer(f"{name} of scale {self.name}", value, 1)
+
+    def __repr__(self) -> str:
+        return f"scale({self.place!r})"
 
     def model(self, name: str) -> str:
         """What `models.load` takes for the model called `name`; ${VARIABLE:-default} is filled in."""
