@@ -371,6 +371,9 @@ def test_listing_shows_any_frame():
     [
         ("PGD(eps=0.1, steps=20)", "PGD, 20 steps"),
         ("mine.Square(queries=3)", "Square"),
+        ("PGD(eps=0.1)", "PGD, 20 steps"),
+        ("SepAttack(image=APGD(eps=0.1), text=BertAttack())", "SepAttack, 100 steps"),
+        ("torchattacks.PGD(eps=0.1)", "PGD"),
         ("SepAttack(image=PGD(eps=0.1, steps=7), text=BertAttack())", "SepAttack, 7 steps"),
         ("", ""),
         (np.nan, ""),

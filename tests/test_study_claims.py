@@ -16,6 +16,7 @@ from robustclip.study import (
     keep_verdicts,
     kept_verdicts,
     room,
+    shipped_verdicts,
     verdict_table,
     verdicts_by_scale,
 )
@@ -301,4 +302,13 @@ def test_verdicts_of_a_page_stand_next_to_the_shipped_ones(tmp_path, monkeypatch
     assert set(frames["full"]) == set(found)
     assert verdicts_by_scale(found, "full", "mmcoa/page")["full"] is found
     monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(tmp_path / "nothing"))
-    assert list(verdicts_by_scale(found, "quick", "mmcoa/page")) == ["quick"]
+    frames = verdicts_by_scale(found, "quick", "mmcoa/page")
+    assert [len(frames[name]) for name in ("photo", "full", "quick")] == [0, 0, 1]
+
+
+def test_shipped_verdicts_can_be_ignored(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(tmp_path))
+    keep_verdicts([judge(CLAIM, [AGREES])], "full", "mmcoa/page", tmp_path)
+    assert shipped_verdicts("full", "mmcoa")["page"].tolist() == ["page"]
+    monkeypatch.setenv("ROBUSTCLIP_FRESH", "1")
+    assert shipped_verdicts("full", "mmcoa").empty

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from robustclip.study import (
     is_stale,
     judged,
     outcomes,
+    over_seeds,
     plan,
     provenance,
     reference,
@@ -394,6 +396,27 @@ def test_what_is_shipped_is_read_after_the_store_with_every_answer(tmp_path, shi
     pd.testing.assert_frame_equal(reference("quick")[MEASURED].sort_values("key", ignore_index=True),
                                   results[MEASURED].sort_values("key", ignore_index=True))  # fmt: skip
     assert reference("full").empty
+
+
+def test_a_reference_can_be_told_which_models_it_is_of(tmp_path, shipping):
+    shipping(real() + grid("quick", {"TeCoA/cifar10": "tinyworld-clip"}, ["cifar10"], ["clean"], n=9, seeds=[1]))
+    assert set(reference("quick")["model"]) == {"clip", "TeCoA/cifar10"}
+    assert set(reference("quick", [])["model"]) == {"clip"}
+    mine = SimpleNamespace(digest=reference("quick")["checkpoint"].iloc[0])
+    assert set(reference("quick", [mine])["model"]) == {"clip", "TeCoA/cifar10"}
+
+
+def test_seeds_become_one_row_with_an_interval_over_seeds_and_images(tmp_path):
+    attacks = {"noise": UniformNoise(eps=0.3), "clean": None}
+    results = evaluate(grid("quick", roles=["cifar10"], attacks=attacks, n=20, seeds=[0, 1, 2]), tmp_path)
+    found = over_seeds(results, tmp_path)
+    noisy = results[results["attack"] == "noise"]
+    assert found["attack"].tolist() == ["noise", "clean"]
+    assert found["seed"].tolist() == [0, 0]
+    assert found["accuracy"].iloc[0] == pytest.approx(noisy["accuracy"].mean())
+    assert found["low"].iloc[0] < noisy["accuracy"].mean() < found["high"].iloc[0]
+    pd.testing.assert_frame_equal(over_seeds(results[results["seed"] == 1], tmp_path),
+                                  results[results["seed"] == 1].reset_index(drop=True))  # fmt: skip
 
 
 def test_fresh_ignores_what_is_shipped(tmp_path, shipping, monkeypatch):

@@ -4,6 +4,7 @@ import re
 
 import pandas as pd
 
+from robustclip import attacks
 from robustclip.checks import check_choice
 
 MISSING, DUE, STALE, FLAGGED = "–", "due", "†", "⚑"
@@ -28,6 +29,9 @@ def ran(played_by: object) -> str:
     """Say in short what ran: "PGD, 20 steps" for PGD(eps=0.02, steps=20); empty if nothing did."""
     name = re.match(r"[\w.]+", played_by) if isinstance(played_by, str) else None
     steps = re.findall(r"\bsteps=(\d+)", played_by)[:1] if name else []
+    if name and not steps:  # a repr leaves defaults out
+        kinds = (getattr(attacks, kind, None) for kind in re.findall(r"(?<![\w.])[A-Za-z]\w+(?=\()", played_by))
+        steps = [kind.steps for kind in kinds if isinstance(getattr(kind, "steps", None), int)][:1]
     return ", ".join([name[0].rpartition(".")[2], *(f"{count} steps" for count in steps)]) if name else ""
 
 
