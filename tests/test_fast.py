@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from robustclip import models
-from robustclip.attacks import FGSM, PGD, FeaturePGD, Square, UniformNoise
+from robustclip import models, study
+from robustclip.attacks import (
+    FGSM,
+    PGD,
+    SGA,
+    BertAttack,
+    CoAttack,
+    FeaturePGD,
+    SepAttack,
+    Square,
+    UniformNoise,
+)
 from robustclip.attacks import fast as fast_attack
-from robustclip.attacks.fast import Fast
+from robustclip.attacks.fast import Fast, at_precision
 from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses.broken import Saturated
 from robustclip.fast import fast, fast_classifier, twin_of
@@ -396,6 +406,27 @@ def test_edges(embedded):
     assert torch.equal(Fast(attack=noisy)(classifier, images, labels), noisy(classifier, images, labels))
     turned = Fast(attack=FeaturePGD(eps=EPS, steps=2))(classifier, images[:4], labels[:4])
     assert (turned - images[:4]).abs().max() > 0
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_attacks_at_a_precision(precision):
+    """Image attacks go into `Fast`, also those in others; what follows features or texts stays, and so does `Fast`."""
+    pgd, told = PGD(eps=EPS), precision != "float32"
+    wanted = Fast(attack=pgd, precision=precision) if told else pgd
+    assert at_precision(pgd, precision) == wanted
+    assert at_precision(SepAttack(image=pgd), precision) == SepAttack(image=wanted)
+    for other in (CoAttack(eps=EPS), SGA(eps=EPS), BertAttack(), Fast(attack=pgd, precision="float16")):
+        assert at_precision(other, precision) == other
+    assert at_precision(SepAttack(image=pgd), precision).inner == pgd
+
+
+def test_cells_measure_fast_attacks(tmp_path):
+    """The engine counts the passes of the twin, and what stands is what stands in float32."""
+    attacks = {"plain": PGD(eps=2 / 255, steps=3), "fast": Fast(attack=PGD(eps=2 / 255, steps=3))}
+    rows = study.evaluate(study.grid("quick", ["clip"], ["cifar10"], attacks, n=12), tmp_path, device="cpu")
+    assert rows["played_by"].str.startswith("Fast").tolist() == [False, True]
+    assert rows["forward"][1] > rows["forward"][0] > 24
+    assert abs(rows["accuracy"][0] - rows["accuracy"][1]) < 10
 
 
 def test_settings():

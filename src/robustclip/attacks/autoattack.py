@@ -27,7 +27,8 @@ class AutoAttack(Attack):
 
     `steps` is meant for APGD and FAB, `queries` for Square. The targeted attacks take the nine most likely wrong
     classes, or all there are. The DLR loss needs a third logit, towards targets a fourth: the original refuses smaller
-    heads; here it divides by z_(1) - z_(3) with three classes and is the plain margin with two.
+    heads; here it divides by z_(1) - z_(3) with three classes and is the plain margin with two. FAB draws nothing, but
+    follows the boundary so closely that the rounding of another batch size can change where an image near it ends.
     """
 
     parts: tuple[str, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
