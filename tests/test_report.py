@@ -228,6 +228,7 @@ def test_eps_is_written_in_255ths(frame):
     assert words.text_of("eps", 0.5 / 255) == "0.5/255"
     assert words.text_of("eps", 0.5) == "0.5"
     assert words.text_of("eps", np.nan) == "–"
+    assert words.text_of("eps", "2/255") == "2/255"
 
 
 def test_note_says_who_played_each_role_and_attack(frame):
@@ -357,6 +358,14 @@ def test_comparison_prints_the_best_in_bold_and_grades(attacked):
     assert [name for name, best in tops.items() if best] == [highest]
     assert table.rows[0][3].text == "80.0"
     assert all("(secondary)" in row[3].small for row in table.rows if row[3].text != "–")
+
+
+def test_numbers_on_logarithmic_axes_are_plain():
+    figure = mpl.figure.Figure()
+    figure.subplots().loglog([1, 10, 1000], [0.01, 1, 10])
+    svg = report.show(figure, "a line that rises").svg
+    assert ">1,000<" in svg
+    assert "mathdefault" not in svg
 
 
 def test_listing_shows_any_frame():

@@ -19,6 +19,7 @@ import torch
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, NullFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -90,6 +91,10 @@ def show(figure: Figure, alt: str, caption: str = "") -> Picture:
     plt.close(figure)  # else a notebook shows it a second time, without the words
     svg = io.StringIO()
     with style():
+        for axis in (side for panel in figure.axes for side in (panel.xaxis, panel.yaxis)):
+            if isinstance(axis.get_major_formatter(), LogFormatter):  # which writes formulas
+                axis.set_major_formatter("{x:,g}")
+                axis.set_minor_formatter(NullFormatter())
         figure.draw_without_rendering()
         for axis in (axis for axis in figure.axes if axis.axison):
             _untangle(axis)
