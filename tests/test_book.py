@@ -118,6 +118,14 @@ def test_all_parameters_are_checked_right_after_they_are_set(name):
     assert all(f"{parameter}={parameter}" in cells[place + 1].source for parameter in declared)
 
 
+def test_every_claim_has_an_id_of_its_own():
+    cells = [cell for name in NOTEBOOKS for cell in nbformat.read(ROOT / name, as_version=4).cells]
+    code = " ".join(cell.source for cell in cells if cell.cell_type == "code")
+    ids = re.findall(r'Claim\(\s*"([^"]+)"', code)
+    assert len(ids) > 50
+    assert len(ids) == len(set(ids)), sorted({name for name in ids if ids.count(name) > 1})
+
+
 def test_every_page_is_in_the_table_of_contents():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     listed = [toc["root"], *re.findall(r"'file': '([^']+)'", str(toc))]
