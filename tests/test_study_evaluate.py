@@ -175,7 +175,7 @@ def test_passes_of_an_aware_attack_are_planned_with_those_of_the_defense(tmp_pat
 
     samples, clip = load_samples("cifar10", n=1), Steady()
     clip.answer = clip.encode_texts(samples.prompts)[samples.labels]
-    attacks = {"PGD": PGD(eps=0.1, steps=3), "Square": Square(eps=0.1, queries=4)}
+    attacks = {"PGD": PGD(eps=0.1, steps=3), "Square": Square(eps=0.1, queries=9)}
     wanted = cells({"steady": clip}, attacks, n=1, defenses={"views": Views()}, attackers=["blind", "aware"])
     planned, measured = plan(wanted, tmp_path), evaluate(wanted, tmp_path)
     assert planned[["forward", "backward"]].values.tolist() == measured[["forward", "backward"]].values.tolist()
