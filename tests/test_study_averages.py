@@ -51,4 +51,4 @@ def test_seeds_are_averaged_and_widen_the_interval(tmp_path):
     (row,) = averages(frame[frame["attack"] == "noise"], {"avg2": SETS["avg2"]}, tmp_path).to_dict("records")
     assert row["accuracy"] == pytest.approx(frame[frame["attack"] == "noise"]["accuracy"].mean())
     assert row["seed"] == 0
-    assert set(averages(frame, SETS, tmp_path).columns) == set(frame.columns)
+    assert set(averages(frame, SETS, tmp_path).columns) == {*frame.columns, "interval"}

@@ -67,7 +67,8 @@ def check_unique(frame: pd.DataFrame, names: list[str], value: str) -> None:
 
 def notes(frame: pd.DataFrame, shown: list[str], value: str = "accuracy") -> tuple[str, ...]:
     """Return the sentences that must stand beside the numbers of `frame`; `shown` are the columns a reader sees."""
-    what = UNITS.get(value, value) + " with 95 % Wilson intervals" * (value == "accuracy" and "low" in frame)
+    kind = " and ".join(frame["interval"].unique()) if "interval" in frame else "Wilson"
+    what = UNITS.get(value, value) + f" with 95 % {kind} intervals" * (value == "accuracy" and "low" in frame)
     if "n" in frame and frame["n"].notna().any():
         what += ", n = " + " to ".join(dict.fromkeys(f"{n:,.0f}" for n in (frame["n"].min(), frame["n"].max())))
     cast = (_cast(frame, shown, "Data", "source", "dataset"), _cast(frame, shown, "Attack", "played_by", "attack"))

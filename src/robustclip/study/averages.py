@@ -14,7 +14,7 @@ SAME = ["scale", "model", "task", "metric", "attack", "attacker", "defense", "ep
 def averages(frame: pd.DataFrame, sets: Mapping[str, Sequence[str]], store: Where = None) -> pd.DataFrame:
     """Accuracy over the roles of each of the `sets`, with the interval of `macro` over seeds and images.
 
-    Rows in the shape of `evaluate`, with `n` images of each role: averages(results, {"avg15": ROLES}).
+    Rows in the shape of `evaluate`, with `n` images of each role, and the kind of their `interval`.
     Cells that differ in role and seed alone are averaged, so that all have the same n: the largest that all roles of
     the set and all seeds were measured on. What lacks a role has no row.
     """
@@ -30,7 +30,14 @@ def averages(frame: pd.DataFrame, sets: Mapping[str, Sequence[str]], store: Wher
             value, low, high = macro([[known[key] for key in one["key"]] for one in by_role])
             first = part.iloc[0].to_dict() | {"seed": part["seed"].min(), "stale": bool(part["stale"].any())}
             several = {"source": "", "distinct": float("nan")} if len(by_role) > 1 else {}
-            told = {"role": title, "dataset": title, "accuracy": value, "low": low, "high": high}
+            told = {
+                "role": title,
+                "dataset": title,
+                "accuracy": value,
+                "low": low,
+                "high": high,
+                "interval": "bootstrap",
+            }
             rows.append(first | several | told)
-    found = pd.DataFrame(rows, columns=frame.columns).sort_values("n", ascending=False, kind="stable")
+    found = pd.DataFrame(rows, columns=[*frame.columns, "interval"]).sort_values("n", ascending=False, kind="stable")
     return found.drop_duplicates([*SAME[:-1], "role"]).sort_index(ignore_index=True)
