@@ -348,6 +348,15 @@ def test_charts_are_drawn_from_the_first_scale_that_has_the_cells(attacked):
     assert list(report.counterparts({}, run).columns) == list(run.columns)
 
 
+def test_comparison_knows_no_budget_of_a_scale_of_ones_own_but_the_most_frequent(attacked):
+    run, full = attacked
+    printed = reported("mmcoa", "I").query("dataset == 'CIFAR10' and metric == 'accuracy'")
+    table = report.comparison(printed, run.assign(scale="course"), {"full": full}, methods={"clip": "CLIP"})
+    usual = report.comparison(printed, run, {"full": full}, methods={"clip": "CLIP"})
+    names = ("CLIP", "PGD-100", "CIFAR10")
+    assert texts(table, *names) == texts(usual, *names)
+
+
 def test_comparison_prints_the_best_in_bold_and_grades(attacked):
     run, _ = attacked
     printed = reported("mmcoa", "I").query("dataset == 'CIFAR10' and attack == 'clean'").assign(grade="secondary")

@@ -13,6 +13,7 @@ from robustclip.report import words
 from robustclip.report.markup import folded, marked, paragraphs
 from robustclip.study.reported import named
 from robustclip.study.scales import scale as scale_named
+from robustclip.study.scales import scale_names
 
 CELL = [
     "model",
@@ -190,8 +191,16 @@ def grade_of(origin: object) -> str:
 
 def _usual(frame: pd.DataFrame) -> pd.DataFrame:
     """Add the budget of each cell in units of the usual one of its scale."""
-    usual = frame["scale"].map({name: scale_named(name).reference_eps for name in frame["scale"].unique()})
+    usual = frame["scale"].map({name: _usual_eps(name, frame) for name in frame["scale"].unique()})
     return frame.assign(multiple=(frame["eps"].fillna(0) / usual).round(3))
+
+
+def _usual_eps(scale: str, frame: pd.DataFrame) -> float:
+    """The reference eps of a scale; of one's own, which only its file knows, the most frequent budget."""
+    if scale in scale_names():
+        return scale_named(scale).reference_eps
+    budgets = frame.loc[(frame["scale"] == scale) & (frame["eps"] > 0), "eps"]
+    return budgets.mode().iloc[0] if len(budgets) else 1.0
 
 
 def _same_cells(frame: pd.DataFrame, run: pd.DataFrame, on: list[str]) -> pd.DataFrame:
