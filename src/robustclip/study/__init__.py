@@ -19,7 +19,7 @@ from robustclip.study.evaluate import audit_cell, evaluate, is_stale, judged, ou
 from robustclip.study.exchange import artifact, confirm, export, reproduce
 from robustclip.study.planning import plan
 from robustclip.study.provenance import digests, versions
-from robustclip.study.reported import compare, named, reported, reported_papers
+from robustclip.study.reported import named, reported, reported_papers
 from robustclip.study.scales import Scale, parse_eps, scale, scale_names
 from robustclip.study.shipped import shipped_folder
 from robustclip.study.statistics import (
@@ -44,7 +44,7 @@ from robustclip.study.trained import (
 
 __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Tuned", "Verdict", "artifact",
-    "audit_cell", "averages", "compare", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
+    "audit_cell", "averages", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
     "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "macro", "mcnemar",
     "mean_interval", "model_name", "named", "outcomes", "over_seeds", "paired_difference", "parse_eps", "plan",
     "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce", "room", "scale",

@@ -1,6 +1,6 @@
-"""The numbers papers print, and ours next to them. The schema is described in assets/reported/README.md."""
+"""The numbers papers print. The schema is described in assets/reported/README.md."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
@@ -42,42 +42,6 @@ def reported(paper: str, table: str | int | None = None) -> pd.DataFrame:
         check_choice(f"table of {paper}", str(table), rows["table"].unique())
         rows = rows[rows["table"] == str(table)]
     return rows.drop(columns="file").reset_index(drop=True)
-
-
-def compare(
-    ours: pd.DataFrame,
-    printed: pd.DataFrame,
-    on: Sequence[str] = ("method", "attack", "dataset"),
-    methods: Mapping[str, str] | None = None,
-    references: Mapping[str, pd.DataFrame] | None = None,
-) -> pd.DataFrame:
-    """Printed accuracies and ours side by side, with `difference` = ours - printed in points.
-
-    `methods` translates our names into the paper's, as in {"clip": "CLIP"}: a defended row goes by its defense, another
-    by its model. Rows that only one side has are kept. To compare per budget, add "eps" to `on`. `references` are
-    shipped frames by name, such as {"full": reference("full")}: what they hold of the same names, on the most images,
-    becomes the columns `full`, `full n`, `full low`, `full high`.
-    """
-    on, mine = list(on), named(ours, methods)
-    theirs = printed[printed["metric"] == "accuracy"]
-    budgets = theirs["eps_value"].mask(theirs["attack"] == "clean", 0.0)
-    theirs = theirs.assign(eps=budgets, printed_eps=theirs["eps"], printed=theirs["value"], place=range(len(theirs)))
-    for column in on:
-        check_choice("column in `on`", column, [name for name in mine.columns if name in theirs.columns])
-    mine = mine.rename(columns={"accuracy": "ours"})
-    if (twice := mine.duplicated(on)).any():
-        row = mine.loc[twice, on].iloc[0].to_dict()
-        raise ValueError(f"ours has several rows for {row}; select one, or add the column that differs to `on`")
-    extra = [name for name in ("source", "played_by", "n", "distinct", "eps", "attacker", "stale") if name not in on]
-    joined = theirs[[*on, "setting", "printed_eps", "printed", "grade", "place"]].merge(
-        mine[[*on, "ours", "low", "high", *extra]], on=on, how="outer"
-    )
-    joined.insert(joined.columns.get_loc("high") + 1, "difference", joined["ours"] - joined["printed"])
-    for name, frame in (references or {}).items():
-        best = named(frame, methods).sort_values("n").drop_duplicates(on, keep="last").set_index(on)
-        found = best.rename(columns={"accuracy": name, **{part: f"{name} {part}" for part in ("n", "low", "high")}})
-        joined = joined.join(found[[name, f"{name} n", f"{name} low", f"{name} high"]], on=on)
-    return joined.sort_values("place", kind="stable", ignore_index=True).drop(columns="place")
 
 
 def named(frame: pd.DataFrame, methods: Mapping[str, str] | None = None) -> pd.DataFrame:
