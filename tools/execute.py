@@ -143,6 +143,9 @@ def run(job: Job, kernel: str = "python3") -> str | None:
     except Exception as error:  # the kernel died, a cell timed out: report it, and let the other notebooks run
         return f"{job.name}: {type(error).__name__}: {error}"
     end = datetime.now(UTC)
+    for cell in notebook.cells:  # papermill's own, which repeats the parameters
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata["tags"].append("hide-input")
     notebook.metadata["robustclip"] = {
         "fingerprint": job.fingerprint,
         "parameters": job.parameters,
