@@ -168,7 +168,9 @@ STRANGE = Classes(["0 in the snow", "1", "two"], ["a 0", "a photo of 1", "2"], [
 
 @pytest.mark.parametrize("classes", [role("cifar10").classes, STRANGE], ids=["usual", "strange"])
 @pytest.mark.parametrize(
-    "defense", [None, Smoothed(), Rounded(), Described(), as_defense(lambda inner: inner)], ids=repr
+    "defense",
+    [None, Smoothed(), Rounded(), Described(), as_defense(lambda inner: inner)],
+    ids=["none", "smoothed", "rounded", "described", "own"],
 )
 def test_features_are_what_the_defense_leaves_of_them(clip, images, classes, defense):
     classifier = ZeroShotClassifier(clip, classes)
