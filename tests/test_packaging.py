@@ -97,7 +97,6 @@ def test_installed_package_finds_its_shipped_results_from_any_folder(installed, 
     assert (found / "full").is_dir()
 
 
-@pytest.mark.xfail(reason="pages look for shipped results in the present folder only", strict=False)
 def test_a_notebook_finds_shipped_results_with_nothing_but_the_wheel(root, installed, tmp_path):
     empty = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     page = root / "book" / "mmcoa" / "summary.ipynb"

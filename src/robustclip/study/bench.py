@@ -36,6 +36,7 @@ class Bench:
         self._samples: dict[tuple, Samples] = {}
         self._facts: dict[tuple, dict] = {}
         self._blind: dict[tuple, dict[tuple, tuple[list[Pair], np.ndarray]]] = {}
+        self._target: tuple[Any, Target | None] = (None, None)
         self.saved = np.zeros(3)
         self.distinct: int | None = None
 
@@ -117,14 +118,18 @@ class Bench:
         return images.to(place), check_labels(samples.labels[rows], len(samples.classes), len(images)).to(place)
 
     def target(self, cell: Cell) -> Target:
-        """What the attacker of a cell faces."""
+        """What the attacker of a cell faces; the same for all its batches, as attacks on texts remember it."""
+        defense = cell.defense if cell.attacker == "aware" else None
+        name = (self.clip(cell.spec), cell.role, cell.scale.source, self.classes(cell), defense)
+        if self._target[0] == name:
+            return self._target[1]
 
         def held_out(n: int) -> tuple[Tensor, Tensor]:
             other = load_samples(cell.role, source=cell.scale.source, split="train", n=n)
             return other.images.to(self.place(cell)), other.labels.to(self.place(cell))
 
-        defense = cell.defense if cell.attacker == "aware" else None
-        return Target(self.clip(cell.spec), self.classes(cell), defense, held_out)
+        self._target = name, Target(self.clip(cell.spec), self.classes(cell), defense, held_out)
+        return self._target[1]
 
     def judge(self, cell: Cell) -> Callable[[Classes], Callable]:
         """Builds the classifier that judges what the attacker made, at a draw that it never saw."""
