@@ -15,7 +15,7 @@ import torch
 
 from robustclip.attacks import APGD, FGSM, PGD, AutoAttack, Square, UniformNoise
 from robustclip.component import component
-from robustclip.data.sources import load_samples
+from robustclip.data.sources import facts, load_samples
 from robustclip.defenses.base import Defense
 from robustclip.models import ZeroShotClassifier
 from robustclip.study import (
@@ -253,10 +253,12 @@ def test_a_corrupt_result_stops_the_run_and_stays(tmp_path):
 
 @pytest.mark.parametrize(("name", "again"), [("quick", True), ("full", False)])
 def test_stale_results_are_measured_again_at_quick_and_marked_at_full(tmp_path, monkeypatch, name, again):
-    wanted = grid(name, {"fake": FakeClip()}, ["cifar10"], {"PGD": PGD(eps=0.1, steps=2)}, n=5)
+    wanted = grid(name, {"fake": FakeClip()}, ["cifar10"], ["clean"], n=5)
     assert not evaluate(wanted, tmp_path)["stale"].any()
     own = provenance.digest
-    monkeypatch.setattr(provenance, "digest", lambda module, name: "new" if name == "PGD" else own(module, name))
+    monkeypatch.setattr(
+        provenance, "digest", lambda module, name: "new" if name == "ZeroShotClassifier" else own(module, name)
+    )
     result = evaluate(wanted, tmp_path).loc[0]
     assert (result["origin"], result["stale"]) == (("measured", False) if again else ("stored", True))
     assert scale(name).recompute_stale == again
@@ -436,7 +438,8 @@ def test_stores_of_several_machines_are_merged_and_the_newest_record_counts(tmp_
     assert before == (tmp_path / "results/quick/cells.parquet").read_bytes()
 
 
-def test_nothing_to_export_is_an_error(tmp_path):
+def test_nothing_to_export_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTCLIP_RESULTS", str(tmp_path / "results"))
     with pytest.raises(ValueError, match=r"nothing to export of scale 'quick'.*measure some cells"):
         export("quick", [tmp_path / "none"], tmp_path / "results")
 
@@ -485,7 +488,11 @@ def test_a_harmless_change_is_confirmed_and_a_flip_is_not(tmp_path, shipping, mo
 
 
 def test_cells_can_be_named_where_the_data_is_not(tmp_path, shipping, monkeypatch):
+    from robustclip.study import shipped
+
     shipping(real())
+    known = {"data": {"cifar10/tinyworld": facts("cifar10")}, "models": {}}
+    shipped.write_json(tmp_path / "results" / "quick", shipped.KNOWN, known)
 
     def gone(*arguments, **options):
         raise FileNotFoundError("no data here")

@@ -74,7 +74,7 @@ def shipped_arrays(scale: str, key: str) -> dict[str, np.ndarray] | None:
     """The arrays of an artifact, if it was shipped."""
     path = _file(scale, ARTIFACTS)
     rows = parquet.read_table(path, filters=[("key", "==", key)]).to_pylist() if path else []
-    return {row["name"]: np.frombuffer(row["data"], row["dtype"]).reshape(row["shape"]) for row in rows} or None
+    return {row["name"]: np.frombuffer(row["data"], row["dtype"]).reshape(row["shape"]).copy() for row in rows} or None
 
 
 def known(scale: str) -> dict[str, dict]:
