@@ -27,7 +27,7 @@ from robustclip.study.scales import Scale
 from robustclip.study.store import Store, Where
 from robustclip.study.trained import FACTS, read_facts, retrace
 
-SAMPLE = 3  # cells that are measured again for each component that changed
+SAMPLE, MOST = 3, 12  # cells that are measured again for each component that changed, at least and at most
 FIELDS = ["model", "role", "task", "attack", "attacker", "defense", "eps", "n", "seed"]
 
 
@@ -150,7 +150,7 @@ def _again(records: Sequence[dict], store: Where, device: str) -> pd.DataFrame:
 def confirm(scale: str, store: Where = None, device: str = "auto", folder: str | Path | None = None) -> pd.DataFrame:
     """Measure a sample of the stale shipped cells again; where every answer is equal, map old digests of code to new.
 
-    At least three cells for each component that changed, the cheapest of different roles and models first, and the
+    At least three cells for each component that changed, of every kind of attack that used it the cheapest, and the
     first updates of one training per recipe. One flip, and all cells with that change are due again. The map is kept in
     `confirmed.json` with what it rests on. One row per component: old, new, how many cells, flips, confirmed.
     """
@@ -184,15 +184,15 @@ def _changed(record: dict) -> list[tuple[str, str, str]]:
 
 
 def _sample(records: Sequence[dict]) -> list[dict]:
-    """Some records that can be measured again without training, the cheapest of each role and model first."""
+    """Records that can be measured again, without training if possible: the cheapest of every kind of attack."""
     able = [record for record in records if record["made_by"] is not None]
     able.sort(key=lambda record: (_is_trained(record), record["forward"] + record["backward"], record["key"]))
-    strata: dict[tuple, list[dict]] = {}
+    kinds: dict[tuple, dict] = {}
     for record in able:
-        strata.setdefault((record["cell"]["role"], record["cell"]["attack"]), []).append(record)
-    first = [records[0] for records in strata.values()]
-    rest = [record for records in strata.values() for record in records[1:]]
-    return [*first, *rest][:SAMPLE]
+        kinds.setdefault((record["cell"]["task"], record["cell"]["played_by"].partition("(")[0]), record)
+    chosen = list(kinds.values())[:MOST]
+    rest = [record for record in able if record not in chosen]
+    return chosen + rest[: max(0, SAMPLE - len(chosen))]
 
 
 def _is_trained(record: dict) -> bool:
