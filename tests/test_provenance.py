@@ -133,6 +133,12 @@ def test_what_measures_every_cell_names_no_attack_and_no_recipe():
         assert other not in modules
 
 
+def test_an_edit_of_one_task_leaves_the_cells_of_the_other_alone():
+    classified = provenance.closure(*((kind.__module__, kind.__name__) for kind in (Bench, Classify)))
+    assert ("robustclip.study.tasks", "ranks") not in classified
+    assert ("robustclip.study.tasks", "ranks") in provenance.closure(("robustclip.study.tasks", "Retrieve"))
+
+
 def test_every_component_inside_counts():
     names = {name.partition(":")[2] for name in digests(SepAttack(image=PGD(eps=0.1)))}
     assert names == {"SepAttack", "PGD", "BertAttack"}

@@ -83,11 +83,9 @@ class Bench:
         """The CLIP whose language a text attack speaks: fine-tuning keeps that of the model it starts from."""
         return self.clip(getattr(cell.spec, "base", cell.spec))
 
-    def provenance(self, cell: Cell) -> dict[str, str]:
+    def provenance(self, cell: Cell, task: Any) -> dict[str, str]:
         """Digests of the code that the cell's number depends on; of trained models, the code that made them, too."""
-        from robustclip.study.tasks import TASK  # which is made of benches
-
-        parts = [cell.attack, cell.defense, TASK[cell.task], Bench, Clip, ZeroShotClassifier]
+        parts = [cell.attack, cell.defense, task, Bench, Clip, ZeroShotClassifier]
         trained = cell.spec.provenance() if hasattr(cell.spec, "identity") else {}
         return digests(*parts) | {TRAINED + name: digest for name, digest in trained.items()}
 

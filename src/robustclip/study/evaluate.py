@@ -63,7 +63,7 @@ def _found(
     cell: Cell, bench: Bench, store: Store, batch_size: int | None, audit: int, wait: bool, fresh: bool
 ) -> tuple[dict, str, bool] | None:
     """The record of a cell, where it is from, and whether it is stale; None if another process is measuring it."""
-    key, code = bench.key(cell), bench.provenance(cell)
+    key, code = bench.key(cell), bench.provenance(cell, TASK[cell.task])
     files = store.cell(cell.scale.name, key)
     audit = audit if cell.attack is not None and cell.attack.changes_images else 0
 
