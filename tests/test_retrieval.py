@@ -255,7 +255,7 @@ def test_recalls_of_other_code_are_stale_and_measured_again_where_the_scale_says
     from robustclip.study.bench import Bench
 
     assert any("Retrieve" in name for name in code)
-    monkeypatch.setattr(Bench, "provenance", lambda self, cell: code | {next(iter(code)): "0" * 16})
+    monkeypatch.setattr(Bench, "provenance", lambda self, cell, task: code | {next(iter(code)): "0" * 16})
     kept = replace(cell, scale=replace(cell.scale, recompute_stale=False))
     assert evaluate([kept], tmp_path)["stale"].all()
     assert len(asked) == 1
