@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import execute
-from test_book import SHIPPED, TINY
+from test_book import SHIPPED, TINY, tool
 
 PAGES = {"book/foundations/zero-shot-clip.ipynb", "book/mmcoa/in-distribution.ipynb"}
 
@@ -13,7 +12,7 @@ PAGES = {"book/foundations/zero-shot-clip.ipynb", "book/mmcoa/in-distribution.ip
 @pytest.mark.skipif(not SHIPPED, reason="nothing is shipped for the scale quick, so that all pages measure")
 @pytest.mark.filterwarnings("default")
 def test_pages_measure_what_is_not_shipped(tmp_path: Path, monkeypatch):
-    store = tmp_path / "runs"
+    execute, store = tool("execute"), tmp_path / "runs"
     monkeypatch.setenv("ROBUSTCLIP_RUNS", str(store))
     jobs = [job for job in execute.plan(tmp_path, TINY) if job.name in PAGES]
     assert len(jobs) == len(PAGES)
