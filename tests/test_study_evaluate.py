@@ -515,6 +515,9 @@ def test_arrays_are_computed_once_and_shipped(tmp_path, shipping):
     for store in ("runs", "runs"):
         found = artifact(scale("quick"), "figure", store=tmp_path / store, **options)
     shipping(real())
+    other = {"parts": [PGD(eps=0.3)], "compute": lambda: {"b": np.zeros(1, np.float32)}}
+    artifact(scale("quick"), "figure", store=tmp_path / "another", **other)
+    shipping(real(), "another")  # a machine that has other artifacts only
     again = artifact(scale("quick"), "figure", store=tmp_path / "empty", **options)
     assert len(calls) == 1
     assert np.array_equal(found["a"], again["a"])

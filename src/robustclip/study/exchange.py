@@ -64,7 +64,8 @@ def export(
     cells = list(files.merged(stores, scale, old).values())
     trained = [] if fresh else files.shipped_models(scale).to_dict("records")
     trained += [facts for store in stores for facts in _trained(store, scale)]
-    arrays = {path.stem: {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    arrays = {} if fresh else files.shipped_artifacts(scale)
+    arrays |= {path.stem: {name: tensor.numpy() for name, tensor in load_file(path).items()}
               for store in stores for path in (store.root / scale / "artifacts").glob("*.safetensors")}  # fmt: skip
     pages = [page for store in stores for page in (store.root / scale / "verdicts").rglob("*.*")]
     if not (cells or trained or arrays or pages):

@@ -72,9 +72,16 @@ def shipped_models(scale: str) -> pd.DataFrame:
 
 def shipped_arrays(scale: str, key: str) -> dict[str, np.ndarray] | None:
     """The arrays of an artifact, if it was shipped."""
-    path = _file(scale, ARTIFACTS)
-    rows = parquet.read_table(path, filters=[("key", "==", key)]).to_pylist() if path else []
-    return {row["name"]: np.frombuffer(row["data"], row["dtype"]).reshape(row["shape"]).copy() for row in rows} or None
+    return shipped_artifacts(scale, [("key", "==", key)]).get(key)
+
+
+def shipped_artifacts(scale: str, filters: list | None = None) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of all shipped artifacts, or of those that pass parquet's filters, by key."""
+    path, found = _file(scale, ARTIFACTS), {}
+    for row in parquet.read_table(path, filters=filters).to_pylist() if path else []:
+        array = np.frombuffer(row["data"], row["dtype"]).reshape(row["shape"]).copy()
+        found.setdefault(row["key"], {})[row["name"]] = array
+    return found
 
 
 def known(scale: str) -> dict[str, dict]:
