@@ -10,8 +10,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+import drawings
+import language
 import pretraining
-from pretraining import contrastive_loss, fits, learning_rate, mask_tokens
+from drawings import fits
+from language import mask_tokens
+from pretraining import contrastive_loss, learning_rate
 from robustclip import models
 from robustclip.data import tinyworld
 from robustclip.data.grammar import SPECIAL_TOKENS, Speaker, vocabulary
@@ -106,21 +110,21 @@ def test_training_styles_follow_their_shares():
 
 
 def test_stream_of_batches(tmp_path):
-    tokenizer = pretraining.write_tokenizer(tmp_path)
+    tokenizer = drawings.write_tokenizer(tmp_path)
     stream = pretraining.Stream(5, tokenizer)
     images, tokens, pictures, said = stream[3]
     assert len(stream) == 5
     assert images.shape == (tinyworld.BATCH, 3, tinyworld.SIZE, tinyworld.SIZE)
-    assert tokens.shape == (tinyworld.BATCH, pretraining.CONTEXT)
+    assert tokens.shape == (tinyworld.BATCH, drawings.CONTEXT)
     assert pictures.shape == said.shape == (tinyworld.BATCH, 10)
     assert all(torch.equal(*pair) for pair in zip(stream[3], (images, tokens, pictures, said), strict=True))
     assert not torch.equal(stream[4][0], images)
 
 
 def test_held_out_sentences_are_new():
-    assert pretraining.sentences(0) == pretraining.sentences(0)
-    assert pretraining.sentences(0) != pretraining.sentences(1)
-    assert pretraining.sentences(0, "held-out") != pretraining.sentences(0)
+    assert language.sentences(0) == language.sentences(0)
+    assert language.sentences(0) != language.sentences(1)
+    assert language.sentences(0, "held-out") != language.sentences(0)
 
 
 # --- masking and the schedule -----------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def test_clip_trains_and_loads(small, tmp_path, capsys):
     clip = models.load(tmp_path / "one", device="cpu")
     assert clip.image_size == (48, 48)
     assert clip.network.vocab_size == WORDS
-    assert clip.tokenizer(["a red star"]).shape == (1, pretraining.CONTEXT)
+    assert clip.tokenizer(["a red star"]).shape == (1, drawings.CONTEXT)
     features = clip.encode_images(torch.rand(2, 3, 32, 32))
     assert features.shape == (2, pretraining.CLIP_CONFIG["model_cfg"]["embed_dim"])
 
@@ -204,7 +208,7 @@ def test_clip_learns(small, tmp_path, capsys, monkeypatch):
     ("train", "file", "weight"),
     [
         (pretraining.train_clip, models.WEIGHTS, "text_projection"),
-        (pretraining.train_mlm, "model.safetensors", "bert.embeddings.word_embeddings.weight"),
+        (language.train_mlm, "model.safetensors", "bert.embeddings.word_embeddings.weight"),
     ],
 )
 def test_the_schedule_is_followed(small, tmp_path, monkeypatch, train, file, weight):
@@ -218,7 +222,7 @@ def test_the_schedule_is_followed(small, tmp_path, monkeypatch, train, file, wei
 
 def test_language_model_trains_and_loads(small, tmp_path, capsys):
     before = torch.get_rng_state()
-    run = pretraining.train_mlm(tmp_path / "one", steps=2, report_every=1)
+    run = language.train_mlm(tmp_path / "one", steps=2, report_every=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert (run["steps"], run["sentences"]) == (2, 32)
     assert capsys.readouterr().out.count("loss") == 2
@@ -227,7 +231,7 @@ def test_language_model_trains_and_loads(small, tmp_path, capsys):
     assert model.config.vocab_size == len(tokenizer) == WORDS
     assert tokenizer.mask_token_id == MASK
 
-    pretraining.train_mlm(tmp_path / "two", steps=2)
+    language.train_mlm(tmp_path / "two", steps=2)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -237,13 +241,13 @@ def test_language_model_trains_and_loads(small, tmp_path, capsys):
 def test_language_model_accuracy_counts_every_word(small, tmp_path, monkeypatch, best):
     """Against one sentence and one word at a time."""
     monkeypatch.setattr(tinyworld, "BATCH", 6)
-    pretraining.train_mlm(tmp_path, steps=2)
-    hits, trials = pretraining.mlm_accuracy(tmp_path, batches=2, best=best)
+    language.train_mlm(tmp_path, steps=2)
+    hits, trials = language.mlm_accuracy(tmp_path, batches=2, best=best)
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
     found = words = 0
     for batch in range(2):
-        for text in pretraining.sentences(batch, "held-out"):
-            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=pretraining.CONTEXT)["input_ids"]
+        for text in language.sentences(batch, "held-out"):
+            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=drawings.CONTEXT)["input_ids"]
             for place in range(1, tokens.shape[1] - 1):
                 hidden = tokens.clone()
                 hidden[0, place] = MASK

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+import drawings
+import language
 import pretraining
 from robustclip import models
 from robustclip.attacks import PGD, UniformNoise
@@ -111,7 +113,7 @@ def card(kind: str, folder: Path, run: dict, eps: float) -> str:
         from transformers import AutoModelForMaskedLM
 
         model = AutoModelForMaskedLM.from_pretrained(folder)
-        top = {best: pretraining.mlm_accuracy(folder, best=best) for best in (1, 10)}
+        top = {best: language.mlm_accuracy(folder, best=best) for best in (1, 10)}
         return MLM_CARD.format(
             layers=model.config.num_hidden_layers,
             width=model.config.hidden_size,
@@ -129,7 +131,7 @@ def card(kind: str, folder: Path, run: dict, eps: float) -> str:
         image_parameters=image_parameters,
         text_parameters=sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
         words=network.vocab_size,
-        context=pretraining.CONTEXT,
+        context=drawings.CONTEXT,
         digest=clip.digest,
         eps=eps * 255,
         rows=clip_rows(clip, eps),
@@ -151,9 +153,9 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or ASSETS / f"tinyworld-{arguments.model}"
     if not arguments.card:
-        train = {"clip": pretraining.train_clip, "mlm": pretraining.train_mlm}[arguments.model]
         with tempfile.TemporaryDirectory() as scratch:
-            run = train(Path(scratch), arguments.steps or STEPS[arguments.model])
+            steps = arguments.steps or STEPS[arguments.model]
+            run = MAKE[arguments.model](Path(scratch), steps)
             (Path(scratch) / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
             shutil.copytree(scratch, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     run = json.loads((out / "training.json").read_text(encoding="utf-8"))

@@ -1,0 +1,51 @@
+"""What the CLIP of Tinyworld learns from: pictures drawn by code and captions about half of them, every one once."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretraining import Step, tokenize
+from robustclip.data import tinyworld
+from robustclip.data.grammar import Speaker, vocabulary
+from robustclip.data.tinyworld import ANY, training_scenes
+
+CONTEXT = 32  # tokens per caption
+
+
+def write_tokenizer(folder: Path):
+    """Save the word-piece tokenizer of Tinyworld in transformers' format and return it."""
+    from transformers import BertTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def fits(pictures: Tensor, said: Tensor) -> Tensor:
+    """(n, m) float: caption j mentions nothing that picture i contradicts."""
+    return ((said[None] == ANY) | (said[None] == pictures[:, None])).all(-1).float()
+
+
+class Drawings(torch.utils.data.Dataset):
+    """Steps of 256 pictures, never of a held-out color-shape pair, and captions of the first half of them."""
+
+    smoothing = 0.0
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = write_tokenizer(folder)
+        self.name = f"tinyworld, {tinyworld.BATCH} pictures a step"
+        self.text = {
+            "context_length": CONTEXT,
+            "vocab_size": len(self.tokenizer),
+            "hf_tokenizer_name": "tinyworld",
+            "width": 64,
+        }
+
+    def __getitem__(self, step: int) -> Step:
+        scenes = training_scenes(step)
+        texts, said = Speaker(step).captions(scenes[: len(scenes) // 2])
+        images = tinyworld.draw(scenes, f"pretrain/{step}")
+        return Step(images, tokenize(self.tokenizer, texts, CONTEXT), fits(scenes.meaning(), said))
