@@ -23,6 +23,10 @@ from robustclip.training import Pictures, TeCoA, train
 
 ASSETS = Path(__file__).parents[1] / "src" / "robustclip" / "assets"
 STEPS = {"clip": 4500, "mlm": 2000}
+TRAIN = {
+    "clip": lambda folder, steps: pretraining.train_clip(folder, drawings.Drawings(folder), steps),
+    "mlm": language.train_mlm,
+}
 ROLES = ("cifar10", "cifar100", "tinyimagenet", "imagenet", "stl10", "caltech101", "imagenet-sketch", "imagenet-a")
 
 CLIP_CARD = """# tinyworld-clip
@@ -155,7 +159,7 @@ def main() -> None:
     if not arguments.card:
         with tempfile.TemporaryDirectory() as scratch:
             steps = arguments.steps or STEPS[arguments.model]
-            run = MAKE[arguments.model](Path(scratch), steps)
+            run = TRAIN[arguments.model](Path(scratch), steps)
             (Path(scratch) / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
             shutil.copytree(scratch, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     run = json.loads((out / "training.json").read_text(encoding="utf-8"))
