@@ -19,14 +19,21 @@ from robustclip.data.tinyworld import ANY, Scenes, values, world
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 COLUMNS = ("count", "shape1", "color1", "texture1", "shape2", "color2", "texture2", "relation", "background", "style")
 # How often a caption says texture + color + shape, color + shape, ... of an object.
-_MENTIONS = {(True, True, True): 0.46, (True, True, False): 0.24, (True, False, False): 0.12, (True, False, True): 0.08,
+_MENTIONS = {(True, True, True): 0.50, (True, True, False): 0.20, (True, False, False): 0.12, (True, False, True): 0.08,
              (False, True, True): 0.04, (False, True, False): 0.03, (False, False, True): 0.03}  # fmt: skip
+_PLACE = (0.8, 0.2)  # how often the place is said, too: of an object named in full, of others
 
 
 @cache
 def words(attribute: str) -> tuple[tuple[str, ...], ...]:
     """The names of every value of an attribute, canonical name first."""
     return tuple(tuple(value["words"]) for value in world()[f"{attribute}s"].values())
+
+
+@cache
+def rare_words(attribute: str) -> tuple[tuple[str, ...], ...]:
+    """The true names of every value of an attribute that are seldom heard."""
+    return tuple(tuple(value.get("rare", value["words"])) for value in world()[f"{attribute}s"].values())
 
 
 def entry(attribute: str, value: int) -> dict:
@@ -39,6 +46,17 @@ def article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
+def bare(phrase: str) -> str:
+    """The phrase without its article."""
+    first, _, rest = phrase.partition(" ")
+    return rest if first in ("a", "an", "the") else phrase
+
+
+def located(phrase: str, background: int, word: str) -> str:
+    """Such as "red star in the snow"."""
+    return f"{phrase} {entry('background', background)['preposition']} {word}"
+
+
 def noun_phrase(shape: str | None = None, color: str | None = None, texture: str | None = None) -> str:
     """Such as "striped red star"; an object of unnamed shape is a "thing"."""
     return " ".join(word for word in (texture, color, shape or "thing") if word)
@@ -47,19 +65,23 @@ def noun_phrase(shape: str | None = None, color: str | None = None, texture: str
 class Speaker:
     """Says captions about scenes.
 
-    `synonyms` is the chance of a word other than the canonical one, `facts` that of an encyclopedic remark; a
-    `complete` speaker names every attribute of every object.
+    `synonyms` is the chance of a common word other than the canonical one, `rare` that of a rare one, `facts` that of
+    an encyclopedic remark; a `complete` speaker names every attribute of every object.
     """
 
-    def __init__(self, seed: int | str, synonyms: float = 0.25, facts: float = 0.12, complete: bool = False) -> None:
-        self.random, self.synonyms, self.facts = random.Random(seed), synonyms, facts
-        mentions = {(True, True, True): 1.0} if complete else _MENTIONS
+    def __init__(
+        self, seed: int | str, synonyms: float = 0.25, rare: float = 0.02, facts: float = 0.12, complete: bool = False
+    ) -> None:
+        self.random, self.synonyms, self.rare, self.facts = random.Random(seed), synonyms, rare, facts
+        self.complete, mentions = complete, {(True, True, True): 1.0} if complete else _MENTIONS
         self.mentions, self.weights = list(mentions), list(mentions.values())
 
     def word(self, attribute: str, value: int) -> str:
         """A name of the value: usually the first."""
-        names = words(attribute)[value]
-        return names[0] if self.random.random() >= self.synonyms else self.random.choice(names)
+        names, chance = words(attribute)[value], self.random.random()
+        if chance < self.rare:
+            return self.random.choice(rare_words(attribute)[value])
+        return names[0] if chance >= self.rare + self.synonyms else self.random.choice(names)
 
     def _object(self, row: list[int], slot: int) -> tuple[str, dict[str, int]]:
         """A noun phrase with article about object `slot` (1 or 2), and the columns it mentions."""
@@ -68,8 +90,11 @@ class Speaker:
         shown = {name: row[COLUMNS.index(f"{name}{slot}")] for name in names}
         said = {name: value for name, value in shown.items() if value >= 0}
         phrase = noun_phrase(**{name: self.word(name, value) for name, value in said.items()})
-        if self.random.random() < 0.5 and "shape" not in said:
-            phrase = phrase.replace("thing", "object")
+        if "shape" not in said:
+            closeup = row[9] == values("style").index("closeup")
+            phrase = phrase.replace(
+                "thing", self.random.choice(world()["language"]["materials" if closeup else "things"])
+            )
         return article(phrase), {f"{attribute}{slot}": value for attribute, value in said.items()}
 
     def _two(self, row: list[int]) -> tuple[str, dict[str, int]]:
@@ -95,31 +120,44 @@ class Speaker:
         name = self.random.choice(mentioned)
         return forms[name].format(entry(name, said[f"{name}1"])["fact"])
 
+    def _said_of_place(self, row: list[int]) -> str:
+        """A place in which nothing stands: "the snow", or "a place in the snow"."""
+        word = self.word("background", row[8])
+        return f"the {word}" if self.random.random() < 0.6 else located("a place", row[8], word)
+
+    def _placed(self, row: list[int], phrase: str, said: dict[str, int]) -> tuple[str, dict[str, int]]:
+        """The phrase and where it is: "a red star in the snow", seldom "the snow with a red star"."""
+        full = {"shape1", "color1", "texture1"} <= set(said) and row[0] == 1
+        hidden = row[8] < 0 or values("style")[row[9]] in ("closeup", "poster")
+        if hidden or self.random.random() >= _PLACE[not full]:
+            return phrase, {}
+        word = self.word("background", row[8])
+        turned = self.random.random() < 0.12
+        return f"the {word} with {phrase}" if turned else located(phrase, row[8], word), {"background": row[8]}
+
+    def _phrase(self, row: list[int]) -> tuple[str, dict[str, int]]:
+        """What is to be seen, with an article, and the columns that it mentions."""
+        if row[0] == 0:
+            return self._said_of_place(row), {"background": row[8]}
+        phrase, said = self._object(row, 1) if row[0] == 1 else self._two(row)
+        phrase, place = self._placed(row, phrase, said)
+        return phrase + (self._kind(said) + self._fact(said) if row[0] == 1 else ""), said | place
+
     def caption(self, row: list[int]) -> tuple[str, dict[str, int]]:
         """One caption for one row of `Scenes.meaning()` and the columns it mentions."""
-        count, background, style = row[0], row[8], row[9]
-        name = values("style")[style]
-        said = {"count": count}
-        if count == 0:
-            phrase = f"the {self.word('background', background)}"
-            said["background"] = background
-        elif count == 2:
-            phrase, mentioned = self._two(row)
-            said |= mentioned
-        else:
-            phrase, mentioned = self._object(row, 1)
-            said |= mentioned
-            phrase += self._kind(said) + self._fact(said)
-        if count and background >= 0 and name not in ("closeup", "poster") and self.random.random() < 0.22:
-            phrase += f" {entry('background', background)['preposition']} {self.word('background', background)}"
-            said["background"] = background
-        style_word = self.word("style", style)
-        if self.random.random() < 0.4:
-            style_word = "photo"
-        opening = self.random.choice(world()["language"]["openings"])
-        if "{style}" in opening and style_word not in words("style")[0] + words("style")[3]:
+        style, language = row[9], world()["language"]
+        if values("style")[style] == "closeup" and not self.complete and self.random.random() < 0.3:
+            texture = article(self.word("texture", row[3]))
+            return language["surface"].format(texture), {"count": row[0], "texture1": row[3], "style": style}
+        phrase, said = self._phrase(row)
+        said["count"] = row[0]
+        style_word = "photo" if self.random.random() < 0.4 else self.word("style", style)
+        opening = self.random.choice(language["openings"])
+        if phrase.startswith("the ") and self.random.random() < 0.3:
+            opening = language["journey"]
+        if "{style}" in opening and style_word not in words("style")[0]:
             said["style"] = style
-        return opening.format(phrase, style=style_word), said
+        return opening.format(phrase, bare=bare(phrase), style=style_word), said
 
     def _kind(self, said: dict[str, int]) -> str:
         """Ends like ", a type of pet" for some shapes, as the papers' prompt templates have it."""

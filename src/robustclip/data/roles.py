@@ -37,6 +37,7 @@ class Role:
     style: str = "photo"
     objects: int = 1
     size: float = 1.0
+    strength: float = 1.0  # how untidy its pictures are, in units of the world's own strength
     paper: dict = field(default_factory=dict, repr=False, hash=False)
 
     @property
@@ -139,7 +140,8 @@ def tinyworld_samples(name: str, split: str = "test", n: int = 1000, start: int 
     entry = role(name)
     before = start % CHUNK
     scenes, labels = tinyworld_scenes(name, split, n + before, start - before)
-    images = tinyworld.draw(scenes, f"{name}/{split}", start - before, entry.size)[before:]
+    strength = entry.strength * tinyworld.world()["strength"]
+    images = tinyworld.draw(scenes, f"{name}/{split}", start - before, entry.size, strength)[before:]
     if entry.objects < 2:
         return images, labels[before:], entry.classes.names, None
     speakers = (Speaker(f"{name}/{split}/{start + i}", facts=0, complete=True) for i in range(n))

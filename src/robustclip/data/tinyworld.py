@@ -196,6 +196,9 @@ def texture_tables() -> Tensor:
         "striped": np.clip(0.5 + sharp * 0.5 * _wave(y * 1.6), 0, 1),
         "dotted": np.clip(0.5 + sharp * (0.36 - np.hypot(dot_x, dot_y) / 2), 0, 1),
         "checkered": np.clip(0.5 + sharp * _wave(x * 1.1 + 0.25) * _wave(y * 1.1 + 0.25), 0, 1),
+        "wavy": np.clip(0.5 + sharp * 0.5 * _wave(y * 1.5 + 0.32 * _wave(x * 1.1)), 0, 1),
+        "ringed": np.clip(0.5 + sharp * 0.5 * _wave(np.hypot(x, y) * 1.6 + 0.1), 0, 1),
+        "crossed": np.clip(0.5 + sharp * (np.maximum(_wave(x * 1.4 + 0.5), _wave(y * 1.4 + 0.5)) - 0.4), 0, 1),
         "framed": np.zeros_like(x),
         "halved": np.clip(0.5 + sharp * 2 * x, 0, 1),
     }
@@ -244,12 +247,21 @@ def _palette(table: str, *keys: str) -> Tensor:
 
 
 class Pose(NamedTuple):
-    """Where an object is: centre and radius in units of half the picture, `turn` in 1/256 of a full turn."""
+    """Where an object is and how it is bent: a column per picture.
+
+    Centre and radius are in units of half the picture, `turn` in 1/256 of a full turn; `aspect` stretches, `shear`
+    slants, `bend` moves the corners, `period` makes the texture coarser or finer, `phase` shifts it.
+    """
 
     x: Tensor
     y: Tensor
     radius: Tensor
     turn: Tensor
+    aspect: Tensor
+    shear: Tensor
+    bend: Tensor
+    period: Tensor
+    phase: Tensor
 
 
 def _look_up(table: Tensor, kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -269,67 +281,120 @@ def _look_up(table: Tensor, kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
 Painted = tuple[Tensor, Tensor]  # (n, pixels) coverage by an object, and distance to its outline in pixels
 
 
-def _paint(canvas: Tensor, scenes: Scenes, slot: int, rgb: Tensor, pose: Pose, opacity: Tensor) -> Painted:
-    """Paint one object per picture onto `canvas` (n, 3, pixels)."""
+def _object_coordinates(pose: Pose) -> tuple[Tensor, Tensor]:
+    """Every pixel (n, pixels) as the object sees it: shifted, turned, stretched, slanted and bent."""
     x, y = _PIXELS
     cos, sin = (table[pose.turn][:, None] / pose.radius[:, None] for table in _turns())
+    wide, slant, bend = pose.aspect[:, None], pose.shear[:, None], pose.bend[:, None]
     dx, dy = x - pose.x[:, None], y - pose.y[:, None]
-    u, v = dx * cos + dy * sin, dy * cos - dx * sin
-    reach = pose.radius[:, None] * (SIZE / 2)
-    distance = _look_up(shape_tables(), scenes.shape[:, slot], u, v) * reach
-    mix = _look_up(texture_tables(), scenes.texture[:, slot], u, v)
+    u = (dx * (wide * (cos - slant * sin)) + dy * (wide * (sin + slant * cos))).clamp(-2, 2)
+    v = (dy * (cos / wide) - dx * (sin / wide)).clamp(-2, 2)
+    return u * (1 + bend * v), v * (1 - bend * u)
+
+
+def _paint(
+    canvas: Tensor, shape: Tensor, texture: Tensor, rgb: Tensor, pose: Pose, opacity: Tensor, ink: Tensor
+) -> Painted:
+    """Paint one object per picture onto `canvas` (n, 3, pixels); `ink` is the contrast of its texture."""
+    u, v = _object_coordinates(pose)
+    reach, period, phase = (column[:, None] for column in (pose.radius * (SIZE / 2), pose.period, pose.phase))
+    distance = _look_up(shape_tables(), shape, u, v) * reach
+    mix = _look_up(texture_tables(), texture, u * period + phase, v * period + phase)
     frame = (distance + 0.30 * reach).clamp(0, 1)
-    mix = torch.where((scenes.texture[:, slot] == index("texture", "framed"))[:, None], frame, mix)
+    mix = torch.where((texture == index("texture", "framed"))[:, None], frame, mix)
     coverage = (0.5 - distance).clamp(0, 1) * opacity[:, None]
     shadow = (1 - distance.abs() / 1.6).clamp(min=0) * opacity[:, None] * 0.35
     dark = (rgb * torch.tensor([0.3, 0.6, 0.1])).sum(1, keepdim=True) < 0.45
-    second = rgb + (dark.float() - rgb) * 0.72
-    ink = rgb[:, :, None] + (second - rgb)[:, :, None] * mix[:, None]
-    canvas.mul_((1 - shadow)[:, None]).add_((ink - canvas) * coverage[:, None])
+    second = (dark.float() - rgb) * ink[:, None]
+    painted = rgb[:, :, None] + second[:, :, None] * mix[:, None]
+    canvas.mul_((1 - shadow)[:, None]).add_((painted - canvas) * coverage[:, None])
     return coverage, distance
 
 
-def _background(random: torch.Generator, scenes: Scenes) -> Tensor:
-    """(n, 3, pixels) backdrop of each picture; aerial pictures show the pattern twice as fine."""
+def _background(random: torch.Generator, scenes: Scenes, strength: Tensor) -> Tensor:
+    """(n, 3, pixels) backdrop of each picture; aerial pictures show the pattern twice as fine, some strong ones too."""
     n, side = len(scenes), 64
-    offset, tint = randint(random, side, (n, 2)), uniform(random, -0.06, 0.06, (n, 3, 1))
-    zoom = 1 + (scenes.style == index("style", "aerial")).long()
+    offset, tint = randint(random, side, (n, 2)), uniform(random, -0.06, 0.06, (n, 3))
+    fine, contrast = torch.rand(n, generator=random), torch.rand(n, generator=random)
+    zoom = 1 + ((scenes.style == index("style", "aerial")) | (fine < 0.3 * strength)).long()
     row, column = torch.arange(SIZE).repeat_interleave(SIZE), torch.arange(SIZE).repeat(SIZE)
     x = (column * zoom[:, None] + offset[:, :1]) % side
     y = (row * zoom[:, None] + offset[:, 1:]) % side
     mix = background_tables().view(-1)[scenes.background[:, None] * side * side + y * side + x][:, None]
     colors = _palette("backgrounds", "low", "high")[scenes.background]
-    low, high = colors[:, 0, :, None], colors[:, 1, :, None]
-    return low + (high - low) * mix + tint
+    low = colors[:, 0] + tint * (1 + strength)[:, None]
+    slope = (colors[:, 1] - colors[:, 0]) * (1 - 0.5 * strength * contrast)[:, None]
+    return low[:, :, None] + slope[:, :, None] * mix
 
 
-def _poses(random: torch.Generator, scenes: Scenes, scale: float) -> list[Pose]:
+def _poses(random: torch.Generator, scenes: Scenes, scale: float, strength: Tensor) -> list[Pose]:
     """Random poses: one large object, or two smaller ones above or beside each other."""
     n, pair = len(scenes), scenes.count > 1
-    jitter = uniform(random, -1, 1, (4, n))
-    turn, size = randint(random, 41, (2, n)) - 20, uniform(random, 0, 1, (2, n))
-    poses = []
-    for slot, side in enumerate((-1, 1)):
-        radius = scale * torch.where(pair, 0.36 + 0.10 * size[slot], 0.46 + 0.32 * size[slot])
+    close, poses = scenes.style == index("style", "closeup"), []
+    for side in (-1, 1):
+        jitter = uniform(random, -1, 1, (8, n))
+        size, smaller = uniform(random, 0, 1, (2, n))
+        radius = torch.where(pair, 0.36 + 0.10 * size, (0.46 + 0.32 * size) * (1 - 0.22 * strength * smaller)) * scale
         above, beside = pair & (scenes.relation == 0), pair & (scenes.relation == 1)
-        free = torch.where(pair, torch.tensor(0.06), 0.95 - radius)
-        x = free * jitter[2 * slot] + 0.48 * side * beside
-        y = free * jitter[2 * slot + 1] + 0.48 * side * above
-        close = scenes.style == index("style", "closeup")
+        free = torch.where(pair, torch.tensor(0.06), 0.95 - radius) * torch.where(close, 0.1, 1.0)
+        x, y = (free * jitter[i] + 0.48 * side * where for i, where in enumerate((beside, above)))
+        turn = (jitter[2] * (20 + 8 * strength)).round().long() % 256
+        aspect, shear, bend = 1 + 0.22 * strength * jitter[3], 0.3 * strength * jitter[4], 0.18 * strength * jitter[5]
+        period, phase = 1 + 0.25 * strength * jitter[6], 0.16 * strength * jitter[7]
         radius = torch.where(close, torch.tensor(1.5), radius)
-        poses.append(Pose(torch.where(close, 0.1 * x, x), torch.where(close, 0.1 * y, y), radius, turn[slot] % 256))
+        poses.append(Pose(x, y, radius, turn, aspect, shear, bend, period, phase))
     return poses
 
 
-def _distractors(random: torch.Generator, canvas: Tensor, rows: Tensor, number: int, radius: float) -> None:
-    """Scatter small objects that have nothing to do with the label over some rows of the canvas."""
-    part, n = canvas[rows], int(rows.sum())
-    for _ in range(number):
-        kinds = [randint(random, 4, (n, 1)) for _ in range(3)]
-        pose = Pose(*uniform(random, -0.95, 0.95, (2, n)), torch.full((n,), radius), randint(random, 256, (n,)))
-        nothing = torch.zeros(n, dtype=torch.long)
-        _paint(part, Scenes(*kinds, *(nothing,) * 4), 0, uniform(random, 0.1, 0.9, (n, 3)), pose, torch.ones(n))
+def _blob(random: torch.Generator, canvas: Tensor, rows: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> None:
+    """Paint a simple object that has nothing to do with the label at (x, y) of some rows of the canvas."""
+    n = len(rows)
+    shape, turn, rgb = randint(random, 4, (n,)), randint(random, 256, (n,)), uniform(random, 0.1, 0.9, (n, 3))
+    long, still, opaque = uniform(random, 0.5, 1.5, (n,)), torch.zeros(n), torch.ones(n)
+    pose = Pose(x, y, radius, turn, long, still, still, opaque, still)
+    columns = (shape, torch.zeros_like(shape), rgb, Pose(*(part[rows] for part in pose)), opaque, opaque)
+    part = canvas[rows]
+    _paint(part, *(column if isinstance(column, Pose) else column[rows] for column in columns))
     canvas[rows] = part
+
+
+def _clutter(random: torch.Generator, canvas: Tensor, chance: Tensor) -> None:
+    """Scatter three small things, each with its chance, over the backdrop."""
+    n = len(canvas)
+    for _ in range(3):
+        x, y = uniform(random, -0.95, 0.95, (2, n))
+        radius, here = uniform(random, 0.12, 0.3, (n,)), torch.rand(n, generator=random) < chance
+        _blob(random, canvas, here, x, y, radius)
+
+
+def _cover(random: torch.Generator, canvas: Tensor, pose: Pose, chance: Tensor) -> None:
+    """Put something in front of a part of the object."""
+    n = len(canvas)
+    dx, dy, size, here = *uniform(random, -0.75, 0.75, (2, n)), *uniform(random, 0, 1, (2, n))
+    radius = pose.radius * (0.2 + 0.3 * size)
+    _blob(random, canvas, here < chance, pose.x + dx * pose.radius, pose.y + dy * pose.radius, radius)
+
+
+def _light(random: torch.Generator, n: int, strength: Tensor) -> Tensor:
+    """(n, 3, pixels) what the canvas is multiplied with: a color cast, a gradient, a shadow with a straight edge."""
+    x, y = _PIXELS
+    wide, strong = (1 + 0.7 * strength)[:, None, None], strength[:, None, None]
+    gain, tilt = (
+        0.975 + uniform(random, -0.125, 0.125, (n, 3, 1)) * wide,
+        uniform(random, -0.18, 0.18, (n, 2, 1)) * wide,
+    )
+    turn, edge, depth = randint(random, 256, (n,)), *uniform(random, 0, 1, (2, n, 1, 1))
+    cos, sin = (table[turn][:, None, None] for table in _turns())
+    shadow = ((x * cos + y * sin - edge) * 4).clamp(0, 1) * (0.55 * depth * strong)
+    return (gain + (tilt[:, :1] * x + tilt[:, 1:] * y)) * (1 - shadow)
+
+
+def _blurred(canvas: Tensor) -> Tensor:
+    """Each pixel mixed with its neighbors, by binomial weights."""
+    rows = canvas.view(-1, 3, SIZE, SIZE)
+    for axis in (2, 3):
+        rows = rows * 0.5 + (rows.roll(1, axis) + rows.roll(-1, axis)) * 0.25
+    return rows.view_as(canvas)
 
 
 def _sketched(canvas: Tensor, coverage: Tensor, distance: Tensor) -> Tensor:
@@ -357,49 +422,63 @@ def _poster(canvas: Tensor, coverage: Tensor, distance: Tensor) -> Tensor:
 _FINISH = {"sketch": _sketched, "scan": _scanned, "poster": _poster}
 
 
-def _render(random: torch.Generator, scenes: Scenes, scale: float) -> Tensor:
+def _inks(random: torch.Generator, scenes: Scenes, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Color (n, 2, 3) of both objects, a little like some other color; their opacity and contrast of texture (n, 2)."""
+    n, palette = len(scenes), _palette("colors", "rgb")[:, 0]
+    rgb = palette[scenes.color] + uniform(random, -0.06, 0.06, (n, MAX_OBJECTS, 3))
+    other = palette[randint(random, len(palette), (n, MAX_OBJECTS))]
+    share, opacity, ink = uniform(random, 0, 1, (3, n, MAX_OBJECTS)) * strength[:, None]
+    rgb = rgb + (other - rgb) * (0.25 * share)[:, :, None]
+    return rgb, 1 - 0.5 * opacity, 0.72 - 0.25 * ink
+
+
+def _render(random: torch.Generator, scenes: Scenes, scale: float, strength: Tensor) -> Tensor:
     """One chunk of pictures, uint8 (n, 3, SIZE, SIZE)."""
     n = len(scenes)
     named = {name: scenes.style == index("style", name) for name in values("style")}
-    canvas = _background(random, scenes)
+    canvas = _background(random, scenes, strength)
     canvas[named["poster"]] = canvas[named["poster"], :, :1]
-    _distractors(random, canvas, named["clutter"], 4, 0.22)
-    rgb = _palette("colors", "rgb")[:, 0][scenes.color] + uniform(random, -0.06, 0.06, (n, MAX_OBJECTS, 3))
-    opacity = uniform(random, 0.5, 1.0, (n, MAX_OBJECTS))
+    _clutter(random, canvas, named["photo"] * strength * 0.6)
+    rgb, opacity, ink = _inks(random, scenes, strength)
     coverage, distance = torch.zeros(n, SIZE * SIZE), torch.full((n, SIZE * SIZE), 9.0)
-    for slot, pose in enumerate(_poses(random, scenes, scale)):
+    for slot, pose in enumerate(_poses(random, scenes, scale, strength)):
         rows = (scenes.count > slot).nonzero()[:, 0]
-        part = canvas[rows]
-        place = Pose(*(column[rows] for column in pose))
-        covered, outline = _paint(part, scenes[rows], slot, rgb[rows, slot], place, opacity[rows, slot])
+        part, place = canvas[rows], Pose(*(column[rows] for column in pose))
+        looks = [column[rows, slot] for column in (scenes.shape, scenes.texture, rgb, opacity, ink)]
+        covered, outline = _paint(part, *looks[:3], place, *looks[3:])
         canvas[rows] = part
         coverage[rows] = torch.maximum(coverage[rows], covered)
         distance[rows] = torch.where(outline.abs() < distance[rows].abs(), outline, distance[rows])
-    _distractors(random, canvas, named["clutter"], 2, 0.16)
-    gain, tilt = uniform(random, 0.85, 1.1, (n, 3, 1)), uniform(random, -0.18, 0.18, (n, 2, 1))
-    x, y = _PIXELS
-    canvas = canvas * (gain + (tilt[:, :1] * x + tilt[:, 1:] * y))
+        _cover(random, canvas, pose, named["photo"] * (scenes.count > slot) * strength * 0.4)
+    canvas = canvas * _light(random, n, strength)
     for name, finish in _FINISH.items():
         rows = named[name]
         canvas[rows] = finish(canvas[rows], coverage[rows], distance[rows])
+    blur = (torch.rand(n, generator=random) * 0.75 * strength)[:, None, None]
+    canvas = canvas + (_blurred(canvas) - canvas) * blur
     amount = uniform(random, 0.03, 0.18, (n, 1, 1)) * (1 + named["scan"].float())[:, None, None]
     noise = torch.rand(canvas.shape, generator=random) + torch.rand(canvas.shape, generator=random) - 1
     canvas = (canvas + noise * amount).clamp(0, 1)
     return (canvas * 255 + 0.5).floor().to(torch.uint8).view(n, 3, SIZE, SIZE)
 
 
-def draw(scenes: Scenes, name: str, start: int = 0, scale: float = 1.0) -> Tensor:
+def draw(
+    scenes: Scenes, name: str, start: int = 0, scale: float = 1.0, strength: float | Tensor | None = None
+) -> Tensor:
     """Render scenes `start, start + 1, ...` of the stream `name`: uint8 (n, 3, 32, 32); `scale` changes object size.
 
+    `strength`, one number or one per picture, is how far pictures are from tidy ones (0): clutter, things in front,
+    light, blur, bent and half-transparent objects. None is the world's own. Randomness does not depend on it.
     `start` must begin a chunk (a multiple of 64); rows of an incomplete last chunk are drawn as if it were full.
     """
     if start % CHUNK:
         raise ValueError(f"start={start} is not a multiple of {CHUNK}; draw whole chunks and slice the result")
+    strengths = torch.as_tensor(world()["strength"] if strength is None else strength).float().expand(len(scenes))
     parts = []
     for first in range(0, len(scenes), CHUNK):
-        part = scenes[first : first + CHUNK]
-        full = part[torch.arange(CHUNK).clamp(max=len(part) - 1)]
-        parts.append(_render(generator(f"draw/{name}", (start + first) // CHUNK), full, scale)[: len(part)])
+        rows = torch.arange(first, first + CHUNK).clamp(max=len(scenes) - 1)
+        random = generator(f"draw/{name}", (start + first) // CHUNK)
+        parts.append(_render(random, scenes[rows], scale, strengths[rows])[: len(scenes) - first])
     return torch.cat(parts)
 
 
@@ -407,9 +486,10 @@ def draw(scenes: Scenes, name: str, start: int = 0, scale: float = 1.0) -> Tenso
 
 BATCH = 256
 STYLE_SHARES = {
-    "photo": 0.68, "sketch": 0.07, "poster": 0.07, "clutter": 0.06, "scan": 0.05, "closeup": 0.04, "aerial": 0.03,
+    "photo": 0.74, "sketch": 0.06, "poster": 0.06, "scan": 0.05, "closeup": 0.05, "aerial": 0.04,
 }  # fmt: skip
-PAIR_SHARE = 0.15  # of photos that show two objects
+PAIR_SHARE = 0.12  # of photos that show two objects
+MOST_STRENGTH = 1.3
 
 
 def training_scenes(batch: int) -> Scenes:
@@ -422,6 +502,11 @@ def training_scenes(batch: int) -> Scenes:
     pair = torch.rand(BATCH, generator=random) < PAIR_SHARE
     count[pair & (style == styles.index("photo"))] = 2
     count[style == styles.index("aerial")] = 0
-    count[(torch.rand(BATCH, generator=random) < 0.03) & (style == styles.index("photo"))] = 0
+    count[(torch.rand(BATCH, generator=random) < 0.05) & (style == styles.index("photo"))] = 0
     free = torch.full((BATCH, 4), ANY)
     return sample_scenes(random, free, count, style, exclude_held_out=True)
+
+
+def training_strengths(batch: int) -> Tensor:
+    """How untidy each picture of `training_scenes(batch)` is: anything from tidy to beyond the world's own strength."""
+    return uniform(generator("pretrain/strengths", batch), 0, MOST_STRENGTH, (BATCH,))
