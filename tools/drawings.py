@@ -8,7 +8,7 @@ from torch import Tensor
 from pretraining import Step, tokenize
 from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, vocabulary
-from robustclip.data.tinyworld import ANY, training_scenes
+from robustclip.data.tinyworld import ANY, training_scenes, training_strengths
 
 CONTEXT = 32  # tokens per caption
 
@@ -47,5 +47,5 @@ class Drawings(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> Step:
         scenes = training_scenes(step)
         texts, said = Speaker(step).captions(scenes[: len(scenes) // 2])
-        images = tinyworld.draw(scenes, f"pretrain/{step}")
+        images = tinyworld.draw(scenes, f"pretrain/{step}", strength=training_strengths(step))
         return Step(images, tokenize(self.tokenizer, texts, CONTEXT), fits(scenes.meaning(), said))

@@ -16,10 +16,9 @@ MLM_SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4
 
 
 def sentences(batch: int, stream: str = "pretrain") -> list[str]:
-    """One batch of captions; streams other than "pretrain" are never trained on."""
-    if stream == "pretrain":
-        return Speaker(batch).captions(training_scenes(batch))[0]
-    return Speaker(f"{stream}/{batch}").captions(training_scenes(-1 - batch))[0]
+    """One batch of captions that use all synonyms alike; streams other than "pretrain" are never trained on."""
+    seed, scenes = (batch, batch) if stream == "pretrain" else (f"{stream}/{batch}", -1 - batch)
+    return Speaker(seed, synonyms=0.6, rare=0.4).captions(training_scenes(scenes))[0]
 
 
 def mask_tokens(tokens: Tensor, mask: int, words: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
