@@ -1,5 +1,7 @@
 """Data sources: local parquet, digits, Tinyworld, and the one call that reads them all."""
 
+import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -87,7 +89,7 @@ def folder(monkeypatch, tmp_path) -> Path:
 
 def test_parquet(folder):
     samples = load_samples("cifar10", "parquet")
-    check(samples, 24)
+    check(samples, 32)
     assert len(samples) == 40
     assert colors(samples.images) == samples.labels.tolist()
     assert samples.classes.names == tuple(NAMES)
@@ -112,7 +114,7 @@ def test_any_rows_are_rows_of_the_whole(n, start):
     assert part.source == "parquet:scenes15"
 
 
-def test_a_folder_of_the_roles_name_goes_before_its_stand_in(folder, tmp_path):
+def test_a_folder_of_the_roles_name_goes_before_that_of_the_photographs(folder, tmp_path):
     folder.rename(tmp_path / "scenes15")
     assert load_samples("sun397", "parquet", n=2).source == "parquet:scenes15"
     write_parquet(tmp_path / "sun397/test.parquet", [0])
@@ -123,14 +125,15 @@ def test_a_folder_of_the_roles_name_goes_before_its_stand_in(folder, tmp_path):
 def test_digest_follows_the_content(folder, tmp_path):
     before = load_samples("cifar10", "parquet").digest
     assert load_samples("cifar10", "parquet", n=3).digest == before
-    folder.rename(tmp_path / "moved")
-    os.utime(tmp_path / "moved/test.parquet", (0, 0))
-    assert load_samples("cifar10", f"parquet:{tmp_path / 'moved'}").digest == before
-    assert load_samples("stl10", "parquet:moved").digest != before  # another role
-    path = tmp_path / "moved/test.parquet"
+    (tmp_path / "moved").mkdir()
+    folder.rename(tmp_path / "moved/cifar10")
+    os.utime(tmp_path / "moved/cifar10/test.parquet", (0, 0))
+    assert load_samples("cifar10", f"parquet:{tmp_path / 'moved/cifar10'}").digest == before
+    assert load_samples("stl10", "parquet:moved/cifar10").digest != before  # another role
+    path = tmp_path / "moved/cifar10/test.parquet"
     whole, place = path.read_bytes(), path.read_bytes().index(b"IDAT") + 8
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])  # not a byte longer
-    assert facts("cifar10", "parquet:moved")["digest"] != before
+    assert facts("cifar10", "parquet:moved/cifar10")["digest"] != before
 
 
 @pytest.mark.parametrize("role", ["cifar10", "coco"])
@@ -173,7 +176,7 @@ def test_images_of_many_sizes_and_modes_become_alike(folder):
     write_parquet(folder / "test.parquet", [0, 1], [encoded(0, (400, 300)), encoded(1, (260, 500))])
     assert load_samples("pets", "parquet:cifar10").images.shape == (2, 3, 224, 224)
     write_parquet(folder / "test.parquet", [0, 1], [encoded(0, mode="L"), encoded(1, mode="P")])
-    gray = load_samples("cifar10", "parquet").images
+    gray = load_samples("stl10", "parquet:cifar10").images
     assert gray.shape == (2, 3, 24, 24)
 
 
@@ -194,11 +197,99 @@ def test_same_rows_as_the_datasets_library(folder, tmp_path):
     theirs = datasets.load_dataset(
         "parquet", data_files={"test": str(folder / "data/test-*")}, split="test", cache_dir=str(tmp_path / "cache")
     ).cast_column("image", datasets.Image())
-    order = loaders.shuffled("cifar10", len(theirs))
-    ours = load_samples("cifar10", "parquet")
+    order = loaders.shuffled("stl10", len(theirs))
+    ours = load_samples("stl10", "parquet:cifar10")
     for row, image, label in zip(order, ours.images, ours.labels, strict=True):
         assert label == theirs[int(row)]["label"]
         assert np.array_equal((image * 255).numpy().round(), np.asarray(theirs[int(row)]["image"]).transpose(2, 0, 1))
+
+
+# --- photographs, whose training part is divided by content -----------------------------------------------------------
+
+PARTS = ("train", "validation", "pretraining", "test")
+
+
+def pixel(red: int, green: int) -> bytes:
+    Image.new("RGB", (8, 8), (red, green, 0)).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def content(samples: Samples) -> list[tuple[int, int]]:
+    """Red and green of every image, which tell it from all others."""
+    return [tuple(pair) for pair in (samples.images[:, :2, 0, 0] * 255).round().int().tolist()]
+
+
+@pytest.fixture
+def photographs(monkeypatch, tmp_path) -> Path:
+    """A set in which ten training images are test images, and ten come twice."""
+    monkeypatch.setenv("ROBUSTCLIP_DATA", str(tmp_path))
+    train = [pixel(0, green) for green in range(200)] + [pixel(1, green) for green in range(200)]
+    train += train[100:110]
+    test = [pixel(0, green) for green in range(10)] + [pixel(2, green) for green in range(30)]
+    write_parquet(tmp_path / "cifar10/train.parquet", [place % 2 for place in range(len(train))], train)
+    write_parquet(tmp_path / "cifar10/test.parquet", [0] * len(test), test)
+    write(tmp_path / "cifar10/classes.json", '["even", "odd"]')
+    return tmp_path / "cifar10"
+
+
+def test_no_photograph_is_in_two_parts(photographs):
+    found = {split: content(load_samples("cifar10", "parquet", split, n=None)) for split in PARTS}
+    known = [set(part) for part in found.values()]
+    assert len(set.union(*known)) == sum(map(len, known)) == 400 + 30
+    assert {(0, green) for green in range(10)} <= known[3]
+    assert sum(map(len, found.values())) == 400 + 30 + 10  # a picture that comes twice is in one part, twice
+    counts = {split: len(part) / 390 for split, part in found.items()}
+    assert 0.32 < counts["train"] < 0.48
+    assert 0.05 < counts["validation"] < 0.15
+    assert 0.42 < counts["pretraining"] < 0.58
+
+
+def test_a_photograph_is_in_the_part_that_its_content_says(photographs):
+    for split, low, high in (("train", 0, 0.4), ("validation", 0.4, 0.5), ("pretraining", 0.5, 1)):
+        for red, green in content(load_samples("cifar10", "parquet", split, n=None)):
+            assert low <= int(hashlib.sha256(pixel(red, green)).hexdigest()[:8], 16) / 2**32 < high
+    before = [content(load_samples("cifar10", "parquet", split, n=None)) for split in PARTS]
+    whole = parquet.read_table(photographs / "train.parquet")
+    parquet.write_table(whole.take(np.arange(len(whole))[::-1]), photographs / "train.parquet")
+    after = [content(load_samples("cifar10", "parquet", split, n=None)) for split in PARTS]
+    assert [set(part) for part in after] == [set(part) for part in before]  # whatever the order of the rows
+
+
+def test_labels_and_captions_stay_with_photographs_in_every_part(photographs):
+    train = load_samples("cifar10", "parquet", "train", n=None)
+    assert train.labels.tolist() == [green % 2 for _, green in content(train)]
+    table = loaders.open_parquet(photographs, "train")
+    texts = tuple((f"text {row}",) for row in range(len(table)))
+    part = dataclasses.replace(table, captions=texts).only(np.array([7, 3]))
+    assert (part.captions, part.place(1), len(part)) == ((("text 7",), ("text 3",)), table.place(3), 2)
+
+
+def test_the_digest_of_a_part_names_its_rule(photographs, monkeypatch):
+    parts = {split: facts("cifar10", "parquet", split)["digest"] for split in PARTS}
+    assert len(set(parts.values())) == 4
+    assert facts("cifar10", "parquet", "train")["rows"] == len(load_samples("cifar10", "parquet", "train", n=None))
+    for setting, value in (("held_back", 0.25), ("pixels", 48)):
+        with monkeypatch.context() as patch:
+            patch.setitem(roles.role("cifar10").photo, setting, value)
+            assert facts("cifar10", "parquet", "train")["digest"] != parts["train"]
+    write_parquet(photographs / "test.parquet", [0], [pixel(9, 9)])
+    assert facts("cifar10", "parquet", "pretraining")["digest"] != parts["pretraining"]
+
+
+def test_facts_of_photographs_read_each_file_once(photographs, monkeypatch):
+    monkeypatch.setattr(loaders.Table, "image", lambda *_: pytest.fail("looked into an image"))
+    reads, read = [], parquet.read_table
+    monkeypatch.setattr(parquet, "read_table", lambda path, **options: reads.append(path.name) or read(path, **options))
+    for split in PARTS * 2:
+        facts("cifar10", "parquet", split)
+    assert sorted(reads) == ["test.parquet", "train.parquet"]
+
+
+def test_photographs_have_the_size_of_their_role(folder, tmp_path):
+    folder.rename(tmp_path / "pets")
+    assert load_samples("pets", "parquet", n=2).images.shape == (2, 3, 48, 48)
+    write_parquet(tmp_path / "pets/test.parquet", [0], [encoded(0, (300, 200))])
+    assert load_samples("pets", "parquet").images.shape == (1, 3, 48, 48)
 
 
 # --- what can be wrong with it ----------------------------------------------------------------------------------------
@@ -265,10 +356,10 @@ def test_columns_of_another_kind_are_refused(folder, columns, message):
 def test_damaged_files_are_named(folder):
     write_parquet(folder / "train.parquet", [0, 0], [encoded(0), encoded(0)[:40]])
     with pytest.raises(OSError, match=r"cannot decode row 1, in train.parquet of parquet:cifar10 .*fetch or make"):
-        load_samples("cifar10", "parquet", "train")
+        load_samples("stl10", "parquet:cifar10", "train")
     write_parquet(folder / "train.parquet", [0, 0], [b"", encoded(0)])
     with pytest.raises(OSError, match=r"cannot decode row 0, in train.parquet of parquet:cifar10"):
-        load_samples("cifar10", "parquet", "train")
+        load_samples("stl10", "parquet:cifar10", "train")
     (folder / "train.parquet").write_bytes(b"not parquet")
     with pytest.raises(OSError, match=r"cannot read train.parquet.*fetch or make it again"):
         load_samples("cifar10", "parquet", "train")
@@ -307,8 +398,10 @@ def test_a_folder_that_is_not_there(monkeypatch, root):
 
 
 def test_a_split_that_is_not_there(folder):
-    message = r"role 'cifar10' needs split 'validation': no validation.parquet or .* in .*cifar10"
+    message = r"role 'stl10' needs split 'validation': no validation.parquet or .* in .*cifar10"
     with pytest.raises(FileNotFoundError, match=message):
+        load_samples("stl10", "parquet:cifar10", "validation")
+    with pytest.raises(FileNotFoundError, match=r"role 'cifar10' needs split 'validation': no train.parquet or .*"):
         load_samples("cifar10", "parquet", "validation")
 
 
@@ -344,7 +437,9 @@ def test_digits_come_in_three_parts_without_overlap():
     [
         ({"role": "cifar11"}, "unknown role 'cifar11'; choose one of: cifar10"),
         ({"source": "web"}, "unknown source 'web'; choose one of: tinyworld, digits, parquet"),
-        ({"split": "val"}, "unknown split 'val'; choose one of: train, validation, test"),
+        ({"split": "val"}, "unknown split 'val'; choose one of: train, validation, test$"),
+        ({"split": "pretraining"}, "unknown split 'pretraining'; choose one of: train, validation, test$"),
+        ({"split": "val", "source": "parquet"}, "choose one of: train, validation, test, pretraining$"),
         ({"n": 0}, "n=0 is not allowed; it must be a finite number at least 1"),
         ({"n": 2.0}, "n=2.0 is not allowed; it must be a whole number, such as 2"),
         ({"n": True}, "n=True is not allowed"),
@@ -352,7 +447,7 @@ def test_digits_come_in_three_parts_without_overlap():
         ({"start": None}, "start=None is not allowed"),
         ({"n": None}, "n=None is not allowed for source 'tinyworld'"),
         ({"source": "digits"}, "source 'digits' plays the role 'digits' only, not 'cifar10'"),
-        ({"role": "digits", "start": 1000}, "start=1000 is out of range; split 'test' of digits has rows 0 to 999"),
+        ({"role": "digits", "start": 1000}, "start=1000 is out of range; split 'test' of digits has 1,000 rows"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -386,16 +481,40 @@ def test_resize_and_crop_as_torchvision(width, height, seed):
 PHOTOGRAPHS = os.environ.get("ROBUSTCLIP_DATA", "")
 
 
-@pytest.mark.skipif(not Path(PHOTOGRAPHS or "/nowhere").is_dir(), reason="ROBUSTCLIP_DATA names no folder")
+needs_photographs = pytest.mark.skipif(
+    not Path(PHOTOGRAPHS or "/nowhere").is_dir(), reason="ROBUSTCLIP_DATA names no folder"
+)
+
+
+@needs_photographs
 @pytest.mark.parametrize("role", [name for name in roles.role_names() if roles.role(name).group != "extra"])
 def test_photographs(role, monkeypatch):
     monkeypatch.setenv("ROBUSTCLIP_DATA", PHOTOGRAPHS)
-    place = roles.role(role).paper.get("stand_in", role)
-    if not Path(PHOTOGRAPHS, place).is_dir():
-        pytest.skip(f"no folder {place}")
+    place = roles.role(role).photo.get("data", "")
+    if not place or not Path(PHOTOGRAPHS, place).is_dir():
+        pytest.skip("no photographs play this role")
     samples = load_samples(role, "parquet", n=24)
-    check(samples, samples.images.shape[-1])
+    check(samples, roles.role(role).photo["pixels"])
     assert samples.source == f"parquet:{place}"
     assert len(samples) == 24
     assert samples.images.std((1, 2, 3)).min() > 0.01
     assert len(set(samples.labels.tolist())) > 1
+
+
+@needs_photographs
+def test_parts_of_all_photographs_are_disjoint():
+    """Byte for byte: no picture in two parts of a set, no test picture of any set in what any model is trained on."""
+    found: dict[str, dict[str, set[bytes]]] = {split: {} for split in PARTS}
+    for entry in map(roles.role, roles.role_names()):
+        folder = Path(PHOTOGRAPHS, entry.photo.get("data", "missing"))
+        for split in PARTS if "held_back" in entry.photo else ("test",):
+            if folder.is_dir() and entry.name != "digits":
+                table = loaders.divided(folder, split, entry.photo.get("held_back", 1))
+                raws = table.fetch(np.arange(len(table)))
+                found[split][entry.name] = {hashlib.sha256(raw).digest() for raw in raws}
+    assert len(found["test"]) > 0
+    tested = set.union(*found["test"].values())
+    for role in found["train"]:
+        parts = [found[split][role] for split in PARTS]
+        assert len(set.union(*parts)) == sum(map(len, parts)), role
+        assert not tested & set.union(*parts[:3]), role

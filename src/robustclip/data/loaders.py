@@ -2,6 +2,9 @@
 
 Parquet comes in Hugging Face's layout: a folder per set with `test.parquet` (or `test-00000-of-00002.parquet` ...),
 `train.parquet` and `classes.json`. `tools/to_parquet.py` makes such folders of what the authors of a set publish.
+
+The training part of photographs is divided by content, so that no picture is in two parts whatever the order or name of
+its row: a CLIP is pretrained on one, fine-tuned on another.
 """
 
 import hashlib
@@ -12,7 +15,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +63,12 @@ class Table:
         digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
         digest.update(json.dumps([self.names, self.facts, self.captions, more]).encode())
         return digest.hexdigest()[:16]
+
+    def only(self, rows: np.ndarray) -> "Table":
+        """Some of the rows."""
+        texts = self.captions and tuple(self.captions[row] for row in rows)
+        fetch, place = lambda some: self.fetch(rows[some]), lambda row: self.place(rows[row])
+        return replace(self, labels=self.labels[rows], fetch=fetch, place=place, captions=texts)
 
     @contextmanager
     def image(self, row: int, raw: Raw) -> Iterator[Image.Image]:
@@ -140,6 +150,46 @@ def open_parquet(folder: Path, split: str) -> Table:
     labels, names = values.to_numpy().astype(np.int64), class_names(folder)
     check_labels(torch.from_numpy(labels), len(names))
     return Table(name, labels, names, fetch, facts, place=place)
+
+
+def divided(folder: Path, split: str, held_back: float) -> Table:
+    """A part of photographs: the test part as it is, of the training part those whose place lies in the split's range.
+
+    A picture's place in [0, 1) is read off the sha256 of its bytes. Up to `held_back` it is kept from pretraining: four
+    fifths of that are to fine-tune on ("train"), the rest is for "validation". What is also a test image is in no part.
+    """
+    tested = open_parquet(folder, "test")
+    if split == "test":
+        return tested
+    whole, middle = open_parquet(folder, "train"), 0.8 * held_back
+    low, high = {"train": (0, middle), "validation": (middle, held_back), "pretraining": (held_back, 1)}[split]
+    seen, digests = set(contents(folder, "test")), contents(folder, "train")
+    places = np.array([int.from_bytes(digest[:4], "big") for digest in digests]) / 2**32
+    fresh = np.array([digest not in seen for digest in digests])
+    rule = f"sha256 in [{low}, {high}), not in test"
+    part = whole.only(np.flatnonzero((low <= places) & (places < high) & fresh))
+    return replace(part, facts=(*whole.facts, *tested.facts, rule))
+
+
+def is_original(folder: Path) -> bool:
+    """Whether `tools/to_parquet.py` made the folder's first file of the papers' own set."""
+    for path in sorted(folder.rglob("*.parquet"))[:1]:
+        with _reading(path):
+            return b"robustclip" in (parquet.read_metadata(path).metadata or {})
+    return False
+
+
+def contents(folder: Path, split: str) -> list[bytes]:
+    """The sha256 of the bytes of each image of a split."""
+    return [digest for path in _files(folder, split) for digest in _contents(path, path.stat().st_mtime_ns)]
+
+
+@lru_cache(maxsize=64)
+def _contents(path: Path, changed: int) -> list[bytes]:
+    """`contents` of one file; `changed` makes a new file a new one."""
+    with _reading(path):
+        chunks = parquet.read_table(path, columns=["image"]).column(0).chunks
+    return [hashlib.sha256(raw.as_buffer() or b"").digest() for chunk in chunks for raw in chunk.field("bytes")]
 
 
 def _files(folder: Path, split: str) -> list[Path]:

@@ -38,7 +38,8 @@ class Role:
     objects: int = 1
     size: float = 1.0
     strength: float = 1.0  # how untidy its pictures are, in units of the world's own strength
-    paper: dict = field(default_factory=dict, repr=False, hash=False)
+    paper: dict = field(default_factory=dict, repr=False, hash=False)  # the papers' own set
+    photo: dict = field(default_factory=dict, repr=False, hash=False)  # the photographs that play it
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -104,7 +105,8 @@ def role(name: str) -> Role:
     names = tuple(entry.get("names") or map(_class_name, wishes))
     classes = Classes(names, tuple(map(entry["template"].format, names)))
     same = {key: entry[key] for key in entry if key in Role.__dataclass_fields__}
-    return Role(name=name, wishes=wishes, paper=_table("paper-roles").get(name, {}), **same | {"classes": classes})
+    real = {kind: _table(f"{kind}-roles").get(name, {}) for kind in ("paper", "photo")}
+    return Role(name=name, wishes=wishes, **real, **same | {"classes": classes})
 
 
 def tinyworld_scenes(name: str, split: str, n: int, start: int = 0) -> tuple[tinyworld.Scenes, Tensor]:

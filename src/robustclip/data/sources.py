@@ -3,15 +3,17 @@
     source       what plays the role
     tinyworld    pictures drawn by code (the default)
     digits       the handwritten digits of scikit-learn; always plays the role `digits`
-    parquet      a folder of parquet files below ROBUSTCLIP_DATA, called like the role or, where there is none, like
-                 its stand-in; "parquet:FOLDER" takes another one
+    parquet      a folder of parquet files below ROBUSTCLIP_DATA, called like the role or, where there is none, as
+                 assets/photo-roles.toml says; "parquet:FOLDER" takes another one
+
+The photographs of that table have one more split, "pretraining", and come in its size; see `loaders.divided`.
 
 Nothing is ever downloaded here; `tools/to_parquet.py` makes the folders of the papers' own data sets.
 """
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from robustclip.checks import check_choice, check_images, check_integer, check_l
 from robustclip.classes import Classes
 from robustclip.data import loaders, roles
 from robustclip.data.loaders import Table
-from robustclip.data.roles import SPLITS
+from robustclip.data.roles import SPLITS, Role
 
 SOURCES = ("tinyworld", "digits", "parquet")
 
@@ -71,8 +73,7 @@ def load_samples(
     if table is None:
         return _tinyworld(role, split, n, start)
     if start >= len(table):
-        last = len(table) - 1
-        raise ValueError(f"start={start} is out of range; split {split!r} of {table.name} has rows 0 to {last}")
+        raise ValueError(f"start={start} is out of range; split {split!r} of {table.name} has {len(table):,} rows")
     order = np.arange(len(table)) if table.original else loaders.shuffled(role, len(table))
     rows = order[start:][:n]  # the papers' own sets are stored in random order
     images, labels, classes, captions = table.decode(rows, *_size(role, table)), table.labels[rows], None, None
@@ -127,18 +128,26 @@ def _table(role: str, source: str, split: str) -> Table | None:
     """The set that plays a role, None if it is drawn."""
     entry, (kind, _, place) = roles.role(role), source.partition(":")
     check_choice("source", kind, SOURCES)
-    check_choice("split", split, SPLITS)
+    check_choice("split", split, (*SPLITS, "pretraining") if kind == "parquet" and role != "digits" else SPLITS)
     if role == "digits":
         return loaders.digits(split)
     if kind == "digits":
         raise ValueError(f"source 'digits' plays the role 'digits' only, not {role!r}; take tinyworld or parquet")
     if kind == "tinyworld":
         return None
-    folder = _folder(role, [place] if place else list(dict.fromkeys([role, entry.paper.get("stand_in", role)])))
+    folder = _folder(role, [place] if place else list(dict.fromkeys([role, entry.photo.get("data", role)])))
     try:
-        return loaders.open_parquet(folder, split)
+        return _opened(entry, folder, split)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"role {role!r} needs split {split!r}: {error} in {folder}") from error
+
+
+def _opened(entry: Role, folder: Path, split: str) -> Table:
+    """A split of the folder: of photographs by their rule, else a file of the name."""
+    if folder.name != entry.photo.get("data") or loaders.is_original(folder):
+        return loaders.open_parquet(folder, split)
+    table = loaders.divided(folder, split, entry.photo.get("held_back", 1))
+    return replace(table, facts=(*table.facts, f"{entry.photo['pixels']} pixels"))
 
 
 def _folder(role: str, names: list[str]) -> Path:
@@ -165,8 +174,10 @@ def _classes(role: str, table: Table) -> Classes:
 
 
 def _size(role: str, table: Table) -> tuple[int, int]:
-    """(resize, crop) of the papers; other sets than the papers' keep their size where that is smaller."""
-    paper = roles.role(role).paper
+    """(resize, crop) of photographs and of the papers; other sets keep their size where that is smaller."""
+    paper, photo = roles.role(role).paper, roles.role(role).photo
+    if table.name == f"parquet:{photo.get('data')}":
+        return photo["pixels"], photo["pixels"]
     resize, crop = paper.get("resize", 256), paper.get("pixels", 224)
     short = crop if table.original else table.short_side()
     return (resize, crop) if table.original or short > crop else (short, short)
