@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretraining import Step, tokenize
+from pretraining import Step, tokenize, write_vocabulary
 from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, training_scenes, training_strengths
@@ -15,13 +15,7 @@ CONTEXT = 32  # tokens per caption
 
 def write_tokenizer(folder: Path):
     """Save the word-piece tokenizer of Tinyworld in transformers' format and return it."""
-    from transformers import BertTokenizerFast
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
-    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=CONTEXT)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    return write_vocabulary(folder, vocabulary(), CONTEXT)
 
 
 def fits(pictures: Tensor, said: Tensor) -> Tensor:

@@ -54,6 +54,17 @@ class Stream(Protocol):
         """The pictures and captions of one step."""
 
 
+def write_vocabulary(folder: Path, vocabulary: list[str], context: int):
+    """Save a word-piece tokenizer in transformers' format and return it."""
+    from transformers import BertTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=context)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def tokenize(tokenizer, texts: list[str], context: int) -> Tensor:
     """(n, context) token ids."""
     return tokenizer(texts, padding="max_length", truncation=True, max_length=context, return_tensors="pt")["input_ids"]
