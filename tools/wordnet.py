@@ -1,11 +1,11 @@
 """Write what WordNet says about the class names of all data sets into `src/robustclip/assets/wordnet.json`.
 
-    python tools/wordnet.py --data $ROBUSTCLIP_DATA              --wordnet /usr/share/wordnet
-    python tools/wordnet.py --data $ROBUSTCLIP_DATA --list       print what each class name was taken to mean
+    python tools/wordnet.py --data DATA           DATA is the folder of the data sets, by default $ROBUSTCLIP_DATA
+    python tools/wordnet.py --data DATA --list    print what each class name was taken to mean, write nothing
 
-WordNet is the database folder of WordNet 3.0, by default where Debian's package `wordnet-base` puts it. A class means
-what its set says (wnids.json), else what `wordnet-senses.toml` says, else the first sense of its name. The licence of
-the database is copied beside the JSON. The same database and data sets give the same bytes.
+It reads the database of WordNet 3.0, by default where Debian's package `wordnet-base` puts it. A class means what
+`wordnet-senses.toml` says, else what its set says (wnids.json), else the first sense of its name. The licence of the
+database is copied beside the JSON. The same database and data sets give the same bytes.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +115,8 @@ class Lexicon:
 
     def __init__(self, database: Database, senses: dict) -> None:
         self.database, self.senses = database, senses
-        self.names = {name: self._meant(said) for name, said in senses["senses"].items()}
+        plain = {name: said for name, said in senses["senses"].items() if "/" not in name}
+        self.names = {name: self._meant(said) for name, said in plain.items()}
         self.synsets, self.unknown = {}, []
         for name, own in senses["own"].items():
             parents = [self._meant(parent) for parent in own["kinds"]]
@@ -127,7 +129,8 @@ class Lexicon:
 
     def name(self, data: str, name: str, wnid: str) -> None:
         """Give a class its synset; where it means another thing than elsewhere, its name carries the set's."""
-        synset = self.database.sense(wnid) if wnid else self.names.get(name) or self.database.sense(name)
+        said = self.senses["senses"].get(f"{data}/{name}", wnid)
+        synset = self.database.sense(said) if said else self.names.get(name) or self.database.sense(name)
         if synset is None:
             self.unknown.append(f"{data}/{name}")
         elif self.names.setdefault(name, synset) != synset:
@@ -135,26 +138,39 @@ class Lexicon:
 
     def describe(self) -> None:
         """Write down the synsets of all names, and the kinds above them with one word each, or none if too vague."""
-        database = self.database
         named = set(self.names.values()) - set(self.senses["own"])
-        for synset in named:
-            self.synsets[synset] = [database.lemmas(synset), database.gloss(synset), database.parents(synset)]
+        shared = Counter(lemma for synset in named for lemma in self.database.lemmas(synset))
+        for synset in named:  # a word that two classes share names neither
+            kept = [lemma for lemma in self._words(synset) if shared[lemma] == 1]
+            self.synsets[synset] = [kept, self.database.gloss(synset), self._parents(synset)]
+        for name in set(self.senses["glosses"]) & set(self.names):
+            self.synsets[self.names[name]][1] = self.senses["glosses"][name]
         above = [parent for _, _, parents in self.synsets.values() for parent in parents]
         while above:
             if (synset := above.pop()) not in self.synsets:
-                lemmas = database.lemmas(synset)[:1]
-                kept = [lemma for lemma in lemmas if lemma not in self.senses["vague"]]
-                self.synsets[synset] = [kept, "", database.parents(synset)]
+                kept = [lemma for lemma in self.database.lemmas(synset)[:1] if lemma not in self.senses["vague"]]
+                self.synsets[synset] = [kept, "", self._parents(synset)]
                 above += self.synsets[synset][2]
 
+    def _words(self, synset: str) -> list[str]:
+        lemmas = self.database.lemmas(synset)
+        wrong = {lemma for word in lemmas for lemma in self.senses["wrong"].get(word, ())}
+        return [lemma for lemma in lemmas if lemma not in wrong]
+
+    def _parents(self, synset: str) -> list[str]:
+        first = {parent: self.database.lemmas(parent)[0] for parent in self.database.parents(synset)}
+        cut = self.senses["cut"].get(self.database.lemmas(synset)[0])
+        return [parent for parent, lemma in first.items() if lemma != cut]
+
     def words(self) -> dict[str, list[str]]:
-        """Synonyms of the words that prompts are made of: those of templates, and those of kinds inside of names."""
+        """Synonyms of the words that prompts are made of: those of templates, and of kinds that end a name."""
         found = {}
         for name, synset in self.names.items():
+            last = name.rpartition(" ")[2]
             for above in self._kinds(synset) - set(self.senses["own"]):
-                for word in set(re.findall(r"[a-z][a-z'-]+", name)) & set(self.database.lemmas(above)):
-                    found.setdefault(word, set()).add(above)
-        senses = {word: kinds for word, kinds in found.items() if len(kinds) == 1 and word not in self.names}
+                if last not in self.names and last in self.database.lemmas(above):
+                    found.setdefault(last, set()).add(above)
+        senses = {word: kinds for word, kinds in found.items() if len(kinds) == 1}
         senses |= {word: map(self._meant, said) for word, said in self.senses["words"].items()}
         words = {word: self._others(word, meant) for word, meant in senses.items()}
         return {word: others for word, others in words.items() if others}
@@ -164,8 +180,8 @@ class Lexicon:
         return {synset}.union(*map(self._kinds, self.synsets[synset][2]))
 
     def _others(self, word: str, synsets: Iterable[str]) -> list[str]:
-        lemmas = (lemma for synset in synsets for lemma in self.database.lemmas(synset))
-        return [lemma for lemma in dict.fromkeys(lemmas) if lemma != word]
+        lemmas = (lemma for synset in synsets for lemma in self._words(synset))
+        return [lemma for lemma in dict.fromkeys(lemmas) if word not in lemma.split()]
 
     def text(self) -> str:
         """The JSON, one line per entry."""
