@@ -56,6 +56,7 @@ def entry(name: str, data: str = "") -> Entry:
     return Entry(name, synset, others, tuple(hypernyms)[:KINDS], gloss)
 
 
+@cache
 def is_a(synset: str, ancestor: str) -> bool:
     """Whether everything of the first kind is also of the second, as every cat is an animal."""
     return ancestor in _kinds(synset)
