@@ -1,6 +1,7 @@
 """The table of roles: classes, templates and the Tinyworld pictures that play them."""
 
 import dataclasses
+import itertools
 import re
 from functools import cache
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustclip.data import roles, tinyworld
-from robustclip.data.grammar import COLUMNS, noun_phrase
+from robustclip.data.grammar import COLUMNS, noun_phrase, rare_words
 from robustclip.data.roles import SPLITS, role, role_names, tinyworld_samples, tinyworld_scenes
 
 TRANSFER = (
@@ -92,7 +93,22 @@ def test_transfer_classes_are_new_combinations():
 def test_shifted_roles_share_the_classes_of_imagenet(name):
     entry, source = role(name), role("imagenet")
     assert entry.classes.names == source.classes[: len(entry.classes)]
-    assert (entry.style, entry.size) != (source.style, source.size)
+    assert (entry.style, entry.size, entry.strength) != (source.style, source.size, source.strength)
+
+
+@pytest.mark.parametrize("name", GROUPS["source"])
+def test_no_two_source_classes_differ_in_one_word_only(name):
+    """An attack that swaps one word cannot turn a class into another; prompts are equally long."""
+    prompts = [prompt.split() for prompt in role(name).prompts]
+    assert len({len(prompt) for prompt in prompts}) == 1
+    wishes = torch.tensor(role(name).wishes)
+    different = (wishes[:, None] != wishes[None]).sum(-1) + 9 * torch.eye(len(wishes), dtype=torch.long)
+    assert different.min() == 2
+
+
+def test_source_roles_are_nested():
+    for small, large in itertools.pairwise(GROUPS["source"]):
+        assert role(large).classes.names[: len(role(small).classes)] == role(small).classes.names
 
 
 @pytest.mark.parametrize(
@@ -114,7 +130,7 @@ def test_errors_name_value_and_choices(call, message):
 def test_a_table_that_asks_for_too_much(monkeypatch):
     greedy = {"attributes": ["shape"], "classes": 25}
     monkeypatch.setattr(roles, "_table", lambda: {"greedy": greedy})
-    with pytest.raises(ValueError, match="role 'greedy' asks for 25 classes, only 24 combinations qualify"):
+    with pytest.raises(ValueError, match="role 'greedy' asks for 25 classes of its own, only 24 combinations qualify"):
         roles._wishes("greedy")
 
 
@@ -134,8 +150,9 @@ def test_samples_show_their_class(name):
     assert ((shown == wishes) | free).all()
     assert (scenes.style == tinyworld.index("style", entry.style)).all()
     assert (scenes.count == entry.objects).all()
-    mentioned = [column for column, used in zip((1, 2, 3, 8), (wishes >= 0).any(0), strict=True) if used]
-    assert (scenes.meaning()[:, mentioned] != tinyworld.UNSEEN).all(), "a class that cannot be seen"
+    seen = (scenes.meaning()[:, [1, 2, 3, 8]] != tinyworld.UNSEEN).all(0)
+    told_apart = torch.where(seen, torch.tensor(entry.wishes), 0)
+    assert len(told_apart.unique(dim=0)) == len(entry.wishes), "two classes that look the same"
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet", "pcam"])
@@ -202,7 +219,8 @@ def test_captions_tell_two_objects_apart():
     for caption, row, label in zip(captions, scenes.meaning().tolist(), labels.tolist(), strict=True):
         said = dict(zip(COLUMNS, row, strict=True))
         for slot in (1, 2):
-            names = [roles.words(a)[said[f"{a}{slot}"]] for a in ("texture", "color", "shape")]
+            values = [(a, said[f"{a}{slot}"]) for a in ("texture", "color", "shape")]
+            names = [{*roles.words(a)[value], *rare_words(a)[value]} for a, value in values]
             pattern = " ".join(f"({'|'.join(choices)})" for choices in names)
             assert re.search(pattern, caption), (caption, pattern)
         first = noun_phrase(*(tinyworld.values(a)[said[f"{a}1"]] for a in ("shape", "color")))

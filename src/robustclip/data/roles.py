@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from itertools import product
+from operator import mul
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from robustclip.checks import check_choice, check_integer
 from robustclip.classes import Classes
-from robustclip.data import grammar, tinyworld
-from robustclip.data.grammar import Speaker, noun_phrase, words
+from robustclip.data import tinyworld
+from robustclip.data.grammar import Speaker, article, located, noun_phrase, words
 from robustclip.data.tinyworld import ANY, CHUNK
 
 ATTRIBUTES = ("shape", "color", "texture", "background")  # columns of a wish, as `sample_scenes` reads them
@@ -31,7 +32,7 @@ class Role:
     title: str  # as the printed numbers call it
     group: str
     description: str
-    template: str
+    template: str  # the papers' prompt, with {} for the name of a class
     classes: Classes
     wishes: tuple[tuple[int, ...], ...] = field(repr=False)  # per class: shape, color, texture, background or ANY
     style: str = "photo"
@@ -67,46 +68,47 @@ def _combinations(entry: dict) -> Iterator[tuple[int, ...]]:
         named = entry.get("among", {}).get(attribute, tinyworld.values(attribute))
         options.append([tinyworld.index(attribute, n) for n in named] if attribute in entry["attributes"] else [ANY])
     pairs = entry.get("pairs", "any")
+    code = entry.get("code", [0] * len(ATTRIBUTES))
     for wish in product(*options):
-        if pairs == "any" or tinyworld.is_held_out(wish[0], wish[1]) == (pairs == "held-out"):
+        told_apart = sum(map(mul, code, wish)) % len(tinyworld.values("shape")) == 0
+        if told_apart and pairs in ("any", "held-out" if tinyworld.is_held_out(wish[0], wish[1]) else "seen"):
             yield wish
 
 
 def _wishes(name: str) -> tuple[tuple[int, ...], ...]:
-    """The role's classes: a fixed random draw from the combinations that qualify."""
+    """The role's classes: those of the role it extends, then a fixed random draw from combinations that qualify."""
     entry = _table()[name]
     if "like" in entry:
         return _wishes(entry["like"])[: entry["classes"]]
-    found = list(_combinations(entry))
-    if len(found) < entry["classes"]:
-        raise ValueError(f"role {name!r} asks for {entry['classes']} classes, only {len(found)} combinations qualify")
+    first = _wishes(entry["extends"]) if "extends" in entry else ()
+    found = [wish for wish in _combinations(entry) if wish not in set(first)]
+    more = entry["classes"] - len(first)
+    if len(found) < more:
+        raise ValueError(f"role {name!r} asks for {more} classes of its own, only {len(found)} combinations qualify")
     seed = int.from_bytes(hashlib.sha256(f"classes/{name}".encode()).digest()[:4], "big")
-    return tuple(found[place] for place in np.random.default_rng(seed).permutation(len(found))[: entry["classes"]])
+    return first + tuple(found[place] for place in np.random.default_rng(seed).permutation(len(found))[:more])
 
 
-def _class_name(wish: tuple[int, ...]) -> str:
-    """Such as "striped red star", "striped" (texture alone), "red thing in the snow", or the bare name of a place."""
-    shape, color, texture, background = (
-        words(attribute)[value][0] if value >= 0 else None for attribute, value in zip(ATTRIBUTES, wish, strict=True)
-    )
-    if shape is None and color is None:
-        return texture or background
-    if shape is None and background is None:
-        return f"{texture} {color}"
-    place = f" {grammar.entry('background', wish[3])['preposition']} {background}" if background else ""
-    return noun_phrase(shape, color, texture) + place
+def _class_name(wish: tuple[int, ...], pattern: str | None) -> str:
+    """Such as "striped red star in the snow", "striped" (texture alone), or what the pattern makes of the wish."""
+    said = {name: words(name)[value][0] for name, value in zip(ATTRIBUTES, wish, strict=True) if value >= 0}
+    if len(said) == 1 and not pattern:
+        return next(iter(said.values()))
+    where = located("", wish[3], said["background"])[1:] if "background" in said else ""
+    thing = noun_phrase(*(said.get(name) for name in ATTRIBUTES[:3]))
+    return (pattern or "{thing} {where}").format(thing=thing, a_thing=article(thing), where=where, **said).strip()
 
 
 @cache
 def role(name: str) -> Role:
     """The role called `name`; an unknown name is an error that lists them all."""
     entry = _table()[check_choice("role", name, _table())]
-    wishes = () if "names" in entry else _wishes(name)
-    names = tuple(entry.get("names") or map(_class_name, wishes))
-    classes = Classes(names, tuple(map(entry["template"].format, names)))
-    same = {key: entry[key] for key in entry if key in Role.__dataclass_fields__}
     real = {kind: _table(f"{kind}-roles").get(name, {}) for kind in ("paper", "photo")}
-    return Role(name=name, wishes=wishes, **real, **same | {"classes": classes})
+    wishes, template = () if "names" in entry else _wishes(name), real["paper"]["template"]
+    names = tuple(entry.get("names") or (_class_name(wish, entry.get("called")) for wish in wishes))
+    classes = Classes(names, tuple(map(template.format, names)))
+    same = {key: entry[key] for key in entry if key in Role.__dataclass_fields__}
+    return Role(name=name, template=template, wishes=wishes, **real, **same | {"classes": classes})
 
 
 def tinyworld_scenes(name: str, split: str, n: int, start: int = 0) -> tuple[tinyworld.Scenes, Tensor]:

@@ -169,8 +169,8 @@ def _classes(role: str, table: Table) -> Classes:
     entry = roles.role(role)
     if role == "digits":
         return entry.classes
-    template, whole = entry.paper.get("template", entry.template), entry.paper.get("prompts")
-    return Classes(table.names, whole if whole and table.original else tuple(map(template.format, table.names)))
+    whole = entry.paper.get("prompts")
+    return Classes(table.names, whole if whole and table.original else tuple(map(entry.template.format, table.names)))
 
 
 def _size(role: str, table: Table) -> tuple[int, int]:
