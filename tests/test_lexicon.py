@@ -154,6 +154,16 @@ NOUNS = """\
 00000005 05 n 02 lynx 0 true_cat 0 002 @ 00000002 n 0000 ~ 00000003 n 0000 | a beast with tufted ears  
 """  # noqa: W291 (as the database has it)
 ADJECTIVES = "00000009 00 s 02 bumpy 0 rough(a) 0 001 & 00000008 a 0000 | full of bumps  \n"
+NOUN_INDEX = """\
+animal n 1 1 @ 1 0 00000002
+beast n 1 1 @ 1 0 00000002
+cat n 2 1 @ 2 1 00000003 00000004
+felis_catus n 1 1 @ 1 0 00000003
+gossip n 1 1 @ 1 0 00000004
+lynx n 1 1 @ 1 0 00000005
+true_cat n 2 2 @ ~ 2 0 00000005 00000003
+"""
+ADJECTIVE_INDEX = "bumpy a 1 1 & 1 0 00000009\nrough a 1 1 & 1 0 00000009\n"
 SENSES = """
 vague = ["thing"]
 [senses]
@@ -176,11 +186,9 @@ def built(tmp_path):
     """Builds a lexicon from a tiny database and the class names of some sets."""
 
     def build(**sets: list[str]) -> wordnet.Lexicon:
-        index = "animal n 1 0 1 0 00000002\nbeast n 1 0 1 0 00000002\ncat n 2 1 @ 2 1 00000003 00000004\n"
-        index += "lynx n 1 1 @ 1 0 00000005\n"
-        for name, text in {"data.noun": NOUNS, "data.adj": ADJECTIVES, "index.noun": index}.items():
+        for name, text in {"data.noun": NOUNS, "data.adj": ADJECTIVES, "index.noun": NOUN_INDEX}.items():
             (tmp_path / name).write_text(LICENCE + text)
-        (tmp_path / "index.adj").write_text(LICENCE + "bumpy a 1 1 & 1 0 00000009\n")
+        (tmp_path / "index.adj").write_text(LICENCE + ADJECTIVE_INDEX)
         for name, classes in sets.items():
             folder = tmp_path / "data" / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -213,11 +221,17 @@ def test_sets_that_mean_different_things_are_told_apart(built):
 def test_synsets_say_what_the_database_says(built):
     made = built(some=["cat", "lynx", "bumpy"])
     assert made.synsets["n00000003"] == [["cat", "felis catus"], "a beast that purrs", ["n00000002"]]
-    assert made.synsets["n00000005"] == [["lynx"], "a cat of the woods", ["n00000002"]]
+    assert made.synsets["n00000005"] == [["lynx", "true cat"], "a cat of the woods", ["n00000002"]]
     assert made.synsets["a00000009"] == [["bumpy", "rough"], "full of bumps", []]
     assert made.synsets["n00000002"] == [["beast"], "", ["n00000001"]]
     assert made.synsets["n00000001"] == [[], "", []]
     assert made.words() == {"moving": ["beast"]}
+
+
+@pytest.mark.parametrize("classes", [["cat", "lynx", "true cat"], ["cat", "lynx"]])
+def test_a_word_of_two_classes_belongs_to_one(built, classes):
+    made = built(some=classes)
+    assert [synset for synset, (words, *_) in made.synsets.items() if "true cat" in words] == ["n00000005"]
 
 
 def test_writing_twice_gives_the_same_bytes(built):

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import tomllib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -139,9 +138,8 @@ class Lexicon:
     def describe(self) -> None:
         """Write down the synsets of all names, and the kinds above them with one word each, or none if too vague."""
         named = set(self.names.values()) - set(self.senses["own"])
-        shared = Counter(lemma for synset in named for lemma in self.database.lemmas(synset))
-        for synset in named:  # a word that two classes share names neither
-            kept = [lemma for lemma in self._words(synset) if shared[lemma] == 1]
+        for synset in named:
+            kept = [lemma for lemma in self._words(synset) if self._owner(lemma, named) == synset]
             self.synsets[synset] = [kept, self.database.gloss(synset), self._parents(synset)]
         for name in set(self.senses["glosses"]) & set(self.names):
             self.synsets[self.names[name]][1] = self.senses["glosses"][name]
@@ -151,6 +149,11 @@ class Lexicon:
                 kept = [lemma for lemma in self.database.lemmas(synset)[:1] if lemma not in self.senses["vague"]]
                 self.synsets[synset] = [kept, "", self._parents(synset)]
                 above += self.synsets[synset][2]
+
+    def _owner(self, lemma: str, named: set[str]) -> str:
+        """Of the classes that share a word, the one called so, else the one that it means most often."""
+        senses = [sense for key in KINDS for sense in self.database.index.get(f"{key}:{lemma.replace(' ', '_')}", ())]
+        return self.names.get(lemma) or next(sense for sense in senses if sense in named)
 
     def _words(self, synset: str) -> list[str]:
         lemmas = self.database.lemmas(synset)
