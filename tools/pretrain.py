@@ -22,7 +22,7 @@ from robustclip.study import scale, wilson
 from robustclip.training import Pictures, TeCoA, train
 
 ASSETS = Path(__file__).parents[1] / "src" / "robustclip" / "assets"
-STEPS = {"clip": 4500, "mlm": 2000}
+STEPS = {"clip": 5000, "mlm": 2000}
 TRAIN = {
     "clip": lambda folder, steps: pretraining.train_clip(folder, drawings.Drawings(folder), steps),
     "mlm": language.train_mlm,
