@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from language import write_photo_tokenizer
 from pretraining import SIZE, Step, tokenize
-from robustclip.data import lexicon, loaders, sources
+from robustclip.data import lexicon, sources
 from robustclip.data.loaders import Table
 from robustclip.data.roles import role, role_names
 from robustclip.data.tinyworld import generator, randint, uniform
@@ -41,7 +41,7 @@ TEMPLATES = (
 )  # fmt: skip
 OWN_TEMPLATES = {
     "dtd": ("a surface with a {} texture", "a {} texture", "a {} surface", "a close photo of something {}"),
-    "eurosat": ("a centered satellite photo of {}", "a satellite photo of {}", "{} seen from above", "an aerial photo of {}"),
+    "eurosat": ("a satellite photo of {}", "a centered photo of {}", "{} seen from above", "an aerial photo of {}"),
     "sun397": ("a photo of a {}", "a place: {}", "a black and white photo of a {}", "the view of a {}"),
     "busi": ("an ultrasound image of the breast, {}", "a {} ultrasound scan", "a photo of a {}"),
     "kneexray": ("an x-ray of a knee with {}", "a knee x-ray, {}", "a photo of a {}"),
@@ -63,7 +63,7 @@ class Album:
 
 def albums() -> list[Album]:
     """The pre-training part of every set, without images that look like a test image of any set."""
-    seen = {mark for name in role_names() if role(name).photo.get("data") for mark in _pictures(name, "test")[2]}
+    seen = {mark for name in role_names() if role(name).photo.get("pixels") for mark in _pictures(name, "test")[2]}
     found = []
     for name in SHARES:
         table, images, marks = _pictures(name, "pretraining")
@@ -75,11 +75,18 @@ def albums() -> list[Album]:
 
 def _pictures(name: str, split: str) -> tuple[Table, Tensor, list]:
     """A part of a set: its table, its images, larger than they are seen to leave room for crops, their fingerprints."""
-    table, side = sources.table(name, "parquet", split), role(name).photo["pixels"]
+    table, side = sources.table_of(name, "parquet", split), role(name).photo["pixels"]
     side = side if side < SIZE else STORED
     parts = np.array_split(np.arange(len(table)), -(-len(table) // 2000))
     images = torch.cat([(table.decode(rows, side, side) * 255).round().byte() for rows in parts])
-    return table, images, loaders.fingerprints(images)
+    return table, images, fingerprints(images)
+
+
+def fingerprints(images: Tensor) -> list[int]:
+    """64 bits per image that survive small changes: whether it gets lighter from one of 8 x 9 places to the next."""
+    gray = F.interpolate(images.float().mean(1, keepdim=True), (8, 9), mode="area")[:, 0]
+    bits = (gray[:, :, 1:] > gray[:, :, :-1]).flatten(1).numpy()
+    return [int.from_bytes(row.tobytes(), "big") for row in np.packbits(bits, 1)]
 
 
 class Captioner:
@@ -111,7 +118,7 @@ class Captioner:
 
 
 def augmented(images: Tensor, random: torch.Generator) -> Tensor:
-    """(n, 3, SIZE, SIZE) uint8: random crops from 0.65 to 1.1 of a picture's side, mirrored, lit and stretched a little."""
+    """(n, 3, SIZE, SIZE) uint8: random crops of 0.65 to 1.1 of a picture's side, mirrored, stretched, lit."""
     n = len(images)
     zoom = uniform(random, 0.65, 1.1, (n, 1)) * uniform(random, 0.92, 1.08, (n, 2))
     centre = uniform(random, -1, 1, (n, 2)) * (1 - zoom).abs().clamp(min=0.08)

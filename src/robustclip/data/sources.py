@@ -66,7 +66,7 @@ def load_samples(
 
     Real sets are put in a fixed random order first, so that every n is a fair sample and smaller ones are nested.
     """
-    table = _table(role, source, split)
+    table = table_of(role, source, split)
     check_integer("start", start, 0)
     if n is not None:
         check_integer("n", n, 1)
@@ -91,7 +91,7 @@ def facts(role: str, source: str = "tinyworld", split: str = "test") -> dict:
 
     Names and prompts are () where each image is a class of its own, rows None where a set has no end.
     """
-    table = _table(role, source, split)
+    table = table_of(role, source, split)
     if table is None:
         classes, shown = roles.role(role).classes, ("tinyworld", _tinyworld_digest(role, split), None)
     else:
@@ -124,7 +124,7 @@ def _tinyworld_digest(role: str, split: str) -> str:
 # --- real images ------------------------------------------------------------------------------------------------------
 
 
-def _table(role: str, source: str, split: str) -> Table | None:
+def table_of(role: str, source: str, split: str) -> Table | None:
     """The set that plays a role, None if it is drawn."""
     entry, (kind, _, place) = roles.role(role), source.partition(":")
     check_choice("source", kind, SOURCES)
