@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from language import write_photo_tokenizer
+from english import write_photo_tokenizer
 from pretraining import SIZE, Step, tokenize
 from robustclip.data import lexicon, sources
 from robustclip.data.loaders import Table
