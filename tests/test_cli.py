@@ -87,6 +87,15 @@ def test_a_model_may_be_a_folder_and_the_store_another(call, tmp_path, root):
     assert len(list((tmp_path / "elsewhere" / "small").glob("*.json"))) == 1
 
 
+def test_roles_without_a_set_are_told_apart_from_the_table(call):
+    done = call("plan", "--scale", "photo", "--model", "hf-hub:nobody/nothing", "--attack", "clean", "--json")
+    told = [line for line in done.stderr.splitlines() if line.startswith("no set plays cars at scale photo: ")]
+    assert len(told) == 1
+    assert "cars" not in {row["role"] for row in json.loads(done.stdout)}
+    assert not call("plan", "--scale", "small.toml", "--attack", "clean").stderr
+    assert "no set plays" not in call("plan", "--scale", "photo", "--role", "dtd", "--attack", "clean").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

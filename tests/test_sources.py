@@ -285,6 +285,20 @@ def test_facts_of_photographs_read_each_file_once(photographs, monkeypatch):
     assert sorted(reads) == ["test.parquet", "train.parquet"]
 
 
+def test_the_table_of_photographs_is_complete():
+    entries = {name: roles.role(name).photo for name in roles.role_names()}
+    folders = [entry["data"] for entry in entries.values() if "missing" not in entry]
+    assert len(set(folders)) == len(folders)
+    for name, entry in entries.items():
+        needed = {"data", "title", "pixels", "origin", "terms", "show", "limits"}
+        assert set(entry) - {"held_back", "group"} == ({"missing"} if "missing" in entry else needed), name
+        assert 0 <= entry.get("held_back", 0) < 1
+        trained = (entry.get("group") or roles.role(name).group) == "source"
+        assert not trained or entry["held_back"] >= 0.5, name
+    known = roles._table("photo-roles")
+    assert set(known) == set(entries)
+
+
 def test_photographs_have_the_size_of_their_role(folder, tmp_path):
     folder.rename(tmp_path / "pets")
     assert load_samples("pets", "parquet", n=2).images.shape == (2, 3, 48, 48)

@@ -67,6 +67,22 @@ def test_quick_is_smaller_than_full_and_both_have_every_role():
     assert quick.reference_eps == full.reference_eps
 
 
+def test_the_world_of_photographs_says_what_it_lacks(tmp_path):
+    photo, paper = scale("photo"), scale("paper")
+    assert {*photo.roles, *photo.missing} == set(role_names())
+    assert not set(photo.roles) & set(photo.missing)
+    assert photo.role_names("source") == ("cifar10", "cifar100", "tinyimagenet")
+    assert photo.role_names("transfer")[0] == "imagenet"  # which has no training part there
+    assert paper.role_names("source") == role_names("source")
+    assert (photo.role_names(), paper.missing) == (photo.roles, {})
+    with pytest.raises(ValueError, match="unknown group 'sauce'"):
+        photo.role_names("sauce")
+    with pytest.raises(ValueError, match=r"no set plays role 'cars' at scale 'photo': there is no small copy"):
+        grid("photo", roles=["cifar10", "cars"])
+    (tmp_path / "own.toml").write_text(SMALL.replace("roles = ", 'world = "photo"\nroles = '))
+    assert scale(str(tmp_path / "own.toml")).roles == ("cifar10", "dtd")
+
+
 @settings(deadline=None)
 @given(st.integers(0, 255))
 def test_eps_text_is_exact(numerator):
@@ -163,6 +179,7 @@ def test_a_scale_of_ones_own(small, monkeypatch):
         ("recompute_stale = true", 'recompute_stale = "no"', "recompute_stale='no' .*write true or false"),
         ("images = 30", 'images = 30\nprecision = "float8"', "unknown precision 'float8'"),
         ('"dtd"]', '"moon"]', "unknown role 'moon'"),
+        ("images = 30", 'images = 30\nworld = "moon"', "unknown world 'moon'; choose one of: tinyworld, photo, paper"),
         ("[models]", "[models", "not valid TOML"),
     ],
 )

@@ -55,7 +55,10 @@ def _exit_code(code: int) -> Iterator[None]:
 
 
 def _select(scale: str, models: Sequence[str], shard: str, device: str, **options: Any) -> "list[Cell]":
-    """The cells that the options of `run` and `plan` name; whatever is wrong with them is bad usage."""
+    """The cells that the options of `run` and `plan` name; whatever is wrong with them is bad usage.
+
+    If all roles are asked for, standard error says which no set plays.
+    """
     from robustclip import study
     from robustclip.models import pick_device
 
@@ -64,6 +67,8 @@ def _select(scale: str, models: Sequence[str], shard: str, device: str, **option
     specs = {name: chosen.model(name) if name in chosen.models else name for name in models}
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     cells = study.grid(chosen, specs, **given)
+    for name, why in ({} if "roles" in given else chosen.missing).items():
+        typer.echo(f"no set plays {name} at scale {chosen.name}: {why}", err=True)
     part, parts = _shard(shard, len(cells))
     return cells[part - 1 :: parts]
 

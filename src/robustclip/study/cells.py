@@ -154,6 +154,9 @@ def grid(
 
 def _roles(chosen: Scale, names: Sequence[str] | None, task: str) -> list[str]:
     """The named roles, checked, or all of the scale; sets for retrieval have captions instead of classes."""
+    for name in names or ():
+        if name in chosen.missing:
+            raise ValueError(f"no set plays role {name!r} at scale {chosen.name!r}: {chosen.missing[name]}")
     allowed = [name for name in chosen.roles if (name in role_names("retrieval")) == (task == "retrieve")]
     return [
         check_choice(f"role to {task} at scale {chosen.name}", name, allowed)

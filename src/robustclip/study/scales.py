@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from robustclip.checks import check_choice, check_integer, check_range
-from robustclip.data.roles import role_names
+from robustclip.data.roles import role, role_names
 from robustclip.data.sources import SOURCES
 from robustclip.models import PRECISIONS
 from robustclip.study.named import NAMES, named_attack
 from robustclip.training.recipes import Recipe, named_recipe
+
+WORLDS = ("tinyworld", "photo", "paper")  # drawings, photographs, the papers' own sets
 
 
 def parse_eps(text: str | float) -> float:
@@ -48,6 +50,7 @@ class Scale:
     batch_size: int
     recompute_stale: bool
     models: dict[str, str] = field(hash=False)
+    world: str
     roles: tuple[str, ...]
     role_images: dict[str, int] = field(hash=False)
     steps: dict[str, int] = field(hash=False)
@@ -59,6 +62,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         check_choice("source", self.source.partition(":")[0], SOURCES)
+        check_choice("world", self.world, WORLDS)
         check_range("reference_eps", self.reference_eps, 0, 1)
         for name in self.roles:
             check_choice("role", name, role_names())
@@ -87,6 +91,21 @@ class Scale:
     def place(self) -> str:
         """What `scale` takes to find it again."""
         return self.file or self.name
+
+    def role_names(self, group: str | None = None) -> tuple[str, ...]:
+        """The scale's roles, or those of one group: a source without a training part in this world is none there."""
+        role_names(group)  # which knows all groups
+        return tuple(name for name in self.roles if group in (None, self.group_of(name)))
+
+    def group_of(self, name: str) -> str:
+        """The group of a role in this world."""
+        entry = role(name)
+        return entry.photo.get("group", entry.group) if self.world == "photo" else entry.group
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The roles that no set plays in this world, and why."""
+        return _missing(self.world)
 
     def images_of(self, name: str) -> int:
         """How many images the role `name` is measured on."""
@@ -130,6 +149,12 @@ def scale(name: str | Scale) -> Scale:
         raise ValueError(f"scale {name!r} is not a text file ({error.reason}); give a TOML file") from error
 
 
+def _missing(world: str) -> dict[str, str]:
+    """The roles that no set plays in a world, and why."""
+    found = {name: role(name).photo.get("missing") for name in role_names() if world == "photo"}
+    return {name: why for name, why in found.items() if why}
+
+
 def _read(text: str, name: str, file: str = "") -> Scale:
     """Build a scale from TOML; a missing or unknown key is named."""
     try:
@@ -137,11 +162,12 @@ def _read(text: str, name: str, file: str = "") -> Scale:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"scale {name!r} is not valid TOML: {error}") from error
     needed = {"source", "reference_eps", "images", "batch_size", "recompute_stale", "models"}
-    optional = {"roles", "role_images", "steps", "training", "sizes", "seeds", "precision", "assumed_speed"}
+    optional = {"world", "roles", "role_images", "steps", "training", "sizes", "seeds", "precision", "assumed_speed"}
     if wrong := needed ^ (table.keys() - optional):
         raise ValueError(f"scale {name!r} has wrong keys ({', '.join(sorted(wrong))} missing or unknown); it needs "
                          f"{', '.join(sorted(needed))} and may have {', '.join(sorted(optional))}")  # fmt: skip
-    roles = table.pop("roles", role_names())
+    world = table.pop("world", WORLDS[0])
+    roles = table.pop("roles", [one for one in role_names() if one not in _missing(world)])
     eps = parse_eps(table.pop("reference_eps"))
     defaults = {key: table.pop(key, {}) for key in ("role_images", "steps", "training")}
-    return Scale(name=name, file=file, reference_eps=eps, roles=tuple(roles), **defaults, **table)
+    return Scale(name=name, file=file, world=world, reference_eps=eps, roles=tuple(roles), **defaults, **table)
