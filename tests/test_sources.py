@@ -290,7 +290,7 @@ def test_the_table_of_photographs_is_complete():
     folders = [entry["data"] for entry in entries.values() if "missing" not in entry]
     assert len(set(folders)) == len(folders)
     for name, entry in entries.items():
-        needed = {"data", "title", "pixels", "origin", "terms", "show", "limits"}
+        needed = {"data", "title", "original", "pixels", "origin", "terms", "show", "limits"}
         assert set(entry) - {"held_back", "group"} == ({"missing"} if "missing" in entry else needed), name
         assert 0 <= entry.get("held_back", 0) < 1
         trained = (entry.get("group") or roles.role(name).group) == "source"

@@ -648,3 +648,34 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         to_parquet.main([])
     assert "name at least one role" in capsys.readouterr().err
+
+
+# --- small copies for scale photo -------------------------------------------------------------------------------------
+
+
+def test_photographs_are_small_and_play_their_role_by_the_rule_of_photographs(tmp_path):
+    PAPER["cifar10"][0](tmp_path / "downloads")
+    PAPER["tinyimagenet"][0](tmp_path / "downloads")
+    for role, folder, size in (("cifar10", "cifar10", 32), ("tinyimagenet", "tiny-imagenet", 48)):
+        to_parquet.convert(role, tmp_path / "downloads", tmp_path / "data", ["test"], photo=True)
+        samples = load_samples(role, "parquet")
+        assert samples.source == f"parquet:{folder}"
+        assert samples.images.shape[1:] == (3, size, size)
+    encoded = parquet.read_table(tmp_path / "data/tiny-imagenet/test.parquet")["image"][0].as_py()["bytes"]
+    assert Image.open(io.BytesIO(encoded)).size == (96, 96)
+    assert set(colors(load_samples("cifar10", "parquet", n=None).images)) == {0, 1}
+
+
+def test_half_of_a_set_without_a_training_part_is_for_training(tmp_path):
+    for number in range(30):
+        write_image(tmp_path / f"downloads/eurosat/2750/River/River_{number}.jpg", 0, (200 + number, 200))
+    counts = to_parquet.convert("eurosat", tmp_path / "downloads", tmp_path / "data", photo=True)
+    assert counts == {"test": 15, "train": 15}
+    parts = [parquet.read_table(tmp_path / f"data/eurosat/{split}.parquet")["image"] for split in counts]
+    places = [image["path"] for part in parts for image in part.to_pylist()]
+    assert sorted(places) == sorted(f"River_{number}.jpg" for number in range(30))
+
+
+def test_roles_that_another_set_plays_are_not_made_of_the_papers(tmp_path, capsys):
+    assert to_parquet.main(["sun397", "--from", str(tmp_path), "--to", str(tmp_path), "--photo"]) == 1
+    assert "no part of the papers' set plays sun397 at scale photo; the data cards say" in capsys.readouterr().err

@@ -3,10 +3,13 @@
     python tools/to_parquet.py --list                                     what there is, and where it comes from
     python tools/to_parquet.py cifar10 dtd --from DOWNLOADS --to DATA     convert what lies unpacked in DOWNLOADS
     python tools/to_parquet.py cifar10 --from DOWNLOADS --to DATA --download     fetch and unpack it first
+    python tools/to_parquet.py cifar10 --from DOWNLOADS --to PHOTOS --photo      small copies, for scale photo
 
 Afterwards: ROBUSTCLIP_DATA=DATA robustclip run --scale paper --role cifar10. Each role becomes a folder with
 test.parquet and classes.json, and train.parquet where the set has a training split. A file is there when it is
 complete; run the same command again after an interruption, and it goes on where it stopped.
+
+Keep the folders of the scales paper and photo apart: whole sets are read as the papers read them, at any scale.
 """
 
 import argparse
@@ -24,8 +27,10 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -36,7 +41,7 @@ from pyarrow import parquet
 import official
 from official import DATASETS
 from robustclip.checks import check_choice, check_folder
-from robustclip.data.loaders import shuffled
+from robustclip.data.loaders import fit, shuffled
 from robustclip.data.roles import SPLITS, role
 from robustclip.files import TEMPORARY, file_digest, write_whole
 from robustclip.progress import progress
@@ -49,23 +54,48 @@ BLOCK = 1 << 20
 # --- parquet ----------------------------------------------------------------------------------------------------------
 
 
-def convert(name: str, downloads: Path, target: Path, splits: Sequence[str] | None = None) -> dict[str, int]:
-    """Write the splits of a role's data set below `target / name`; returns how many images each has."""
+def convert(
+    name: str, downloads: Path, target: Path, splits: Sequence[str] | None = None, photo: bool = False
+) -> dict[str, int]:
+    """Write the splits of a role's data set below `target`; returns how many images each has.
+
+    With `photo`, as the photographs that play the role: pictures made small, half to train on where a set has no part
+    for it, and no mark of the papers' own set.
+    """
+    entry = role(name).photo
+    if photo and not entry.get("original"):
+        raise ValueError(f"no part of the papers' set plays {name} at scale photo; the data cards say what does")
     known = [split for split in reversed(SPLITS) if split in DATASETS[name]]  # the small ones first
+    if photo:
+        known = ["test", *["train"] * ("held_back" in entry)]
     for split in splits or ():
         check_choice(f"split of {name}", split, known)
-    folder, counts = check_folder(target / name), {}
+    folder, counts = check_folder(target / folder_name(name, photo)), {}
+    halved = "train" in known and "train" not in DATASETS[name]
     for split in splits or known:
-        path, expected = folder / f"{split}.parquet", DATASETS[name][split].get("count")
+        path, expected = folder / f"{split}.parquet", None if halved else DATASETS[name][split].get("count")
         if path.exists():
             counts[split] = _counted(parquet.read_metadata(path).num_rows, expected, path)
             continue
-        table = official.read(name, downloads, split)
+        table = _half(name, downloads, split) if halved else official.read(name, downloads, split)
         counts[split] = _counted(len(table), expected, downloads / DATASETS[name]["folder"])
         if table.captions is None:
             _write_names(folder / "classes.json", table.names)
-        _write(path, name, table)
+        _write(path, name, table, 2 * entry["pixels"] if photo else None)
     return counts
+
+
+def folder_name(name: str, photo: bool) -> str:
+    """The folder that holds a role's set: called like it, or like the photographs that play it."""
+    return role(name).photo["data"] if photo else name
+
+
+def _half(name: str, downloads: Path, split: str) -> official.Table:
+    """Half of a set without a training part, by lot."""
+    whole = official.read(name, downloads, "test")
+    _counted(len(whole), DATASETS[name]["test"].get("count"), downloads / DATASETS[name]["folder"])
+    rows = shuffled(f"half of {name}", len(whole))[split == "train" :: 2]
+    return replace(whole, labels=whole.labels[rows], fetch=lambda some: whole.fetch(rows[some]))
 
 
 def _counted(found: int, expected: int | None, place: Path) -> int:
@@ -83,8 +113,11 @@ def _write_names(path: Path, names: Sequence[str]) -> None:
     write_whole(path, text)
 
 
-def _write(path: Path, name: str, table: official.Table) -> None:
-    """Write a split in random order, so that its first rows are a fair sample; the file appears when it is complete."""
+def _write(path: Path, name: str, table: official.Table, side: int | None) -> None:
+    """Write a split in random order, so that its first rows are a fair sample; the file appears when it is complete.
+
+    With a `side`, larger pictures become squares of so many pixels, and nothing marks the set as the papers' own.
+    """
     kind = ("label", pa.int64()) if table.captions is None else ("captions", pa.list_(pa.string()))
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema, digest = pa.schema([("image", image), kind]), hashlib.sha256()
@@ -94,13 +127,13 @@ def _write(path: Path, name: str, table: official.Table) -> None:
             starts = range(0, len(order), ROWS)
             for start in progress(starts, f"{name} {path.stem}", len(starts), f"{ROWS} images"):
                 rows = order[start : start + ROWS]
-                images = list(_encoded(table, rows))
+                images = [small(one, side) if side else one for one in _encoded(table, rows)]
                 for one in images:
                     digest.update(hashlib.sha256(one["bytes"]).digest())
                 values = table.labels[rows] if table.captions is None else [table.captions[row] for row in rows]
                 writer.write_table(pa.table([pa.array(images, image), pa.array(values, kind[1])], schema))
             made = {"data": role(name).paper["data"], "sha256": digest.hexdigest()}
-            writer.add_key_value_metadata({"robustclip": json.dumps(made)})
+            writer.add_key_value_metadata({} if side else {"robustclip": json.dumps(made)})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -116,6 +149,16 @@ def _encoded(table: official.Table, rows: np.ndarray) -> Iterator[dict]:
             Image.fromarray(raw).save(buffer := io.BytesIO(), "PNG")
             raw = buffer.getvalue()
         yield {"bytes": raw, "path": place}
+
+
+def small(image: dict, side: int) -> dict:
+    """A picture whose short side is longer than `side` as a square JPEG of that side; any other as it is."""
+    with Image.open(io.BytesIO(image["bytes"])) as picture:
+        if min(picture.size) <= side:
+            return image
+        square = fit(picture.convert("RGB"), side, side)
+    square.save(buffer := io.BytesIO(), "JPEG", quality=90)
+    return image | {"bytes": buffer.getvalue()}
 
 
 # --- downloads --------------------------------------------------------------------------------------------------------
@@ -246,16 +289,16 @@ def listing(target: Path | None) -> Iterator[str]:
     yield "* converted already"
 
 
-def make(name: str, downloads: Path, target: Path, splits: Sequence[str] | None, may_download: bool) -> dict[str, int]:
-    """Convert a role's set, fetched first where that is allowed and it is not there."""
+def make(name: str, downloads: Path, *how: Any, may_download: bool) -> dict[str, int]:
+    """`convert` a role's set, fetched first where that is allowed and it is not there."""
     try:
-        return convert(name, downloads, target, splits)
+        return convert(name, downloads, *how)
     except FileNotFoundError as missing:
         if not may_download:
             remedy = "unpack it there, choose a --split, or let --download fetch it"
             raise FileNotFoundError(f"{name} is not in {downloads}: {missing}; {remedy}") from missing
     download(name, downloads)
-    return convert(name, downloads, target, splits)
+    return convert(name, downloads, *how)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="downloads", type=Path, help="folder of what was downloaded and unpacked")
     parser.add_argument("--to", type=Path, default=home and Path(home), help="folder for the result ($ROBUSTCLIP_DATA)")
     parser.add_argument("--split", action="append", choices=SPLITS, help="only this one (repeat it for more)")
+    parser.add_argument("--photo", action="store_true", help="small copies that play the roles at scale photo")
     parser.add_argument("--download", action="store_true", help="fetch over https what is missing in --from")
     parser.add_argument("--list", action="store_true", help="show all roles and stop")
     chosen = parser.parse_args(arguments)
@@ -277,11 +321,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in chosen.roles:
         try:
             check_choice("role", name, DATASETS)
-            counts = make(name, chosen.downloads.expanduser(), chosen.to.expanduser(), chosen.split, chosen.download)
+            how = chosen.downloads.expanduser(), chosen.to.expanduser(), chosen.split, chosen.photo
+            counts = make(name, *how, may_download=chosen.download)
         except (OSError, ValueError, ImportError, HTTPException) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
-        print(f"{chosen.to / name}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))
+        print(f"{chosen.to / folder_name(name, chosen.photo)}: ", end="")
+        print(", ".join(f"{count:,} {split}" for split, count in counts.items()))
     return 0
 
 
