@@ -14,16 +14,18 @@ from transformers import BertTokenizerFast
 
 from robustclip import models
 from robustclip.attacks import language, text
-from robustclip.attacks.language import LanguageModel, is_tinyworld, load_language_model
+from robustclip.attacks.language import LanguageModel, Thesaurus, embedded_language, load_language_model, thesaurus
 from robustclip.attacks.text import (
     OBJECTIVES,
     BertAttack,
     LabelAwareBertAttack,
+    SynonymAttack,
     TextAttack,
     cosine_distance,
     kl_divergence,
     stop_words,
 )
+from robustclip.data import grammar, lexicon
 from robustclip.data.grammar import Speaker
 from robustclip.data.roles import role, role_names, tinyworld_samples, tinyworld_scenes
 
@@ -444,6 +446,81 @@ def test_against_asks_for_one_image_per_text(shape):
         BertAttack().against(BagOfWords(), ["red fish", "a star"], torch.rand(shape))
 
 
+# --- synonyms ---------------------------------------------------------------------------------------------------------
+
+
+SAME = {"car": ("auto",), "sports car": ("sport car", "racer"), "photo": ("picture", "image"), "red": ("ruby",)}
+
+
+@pytest.fixture
+def words_of(monkeypatch):
+    """Makes every attack use a hand-made thesaurus."""
+    monkeypatch.setattr(text, "thesaurus", lambda clip: Thesaurus(lambda word: SAME.get(word, ())))
+
+
+def test_names_of_several_words_are_swapped_as_one_and_signs_stay():
+    book = Thesaurus(lambda word: SAME.get(word, ()))
+    assert book.split("a Photo, of a red sports car.") == ["a", "Photo,", "of", "a", "red", "sports car."]
+    assert book.substitutes("a Photo, of a red sports car.") == {
+        1: ["picture,", "image,"],
+        4: ["ruby"],
+        5: ["sport car.", "racer."],
+    }
+    assert book.substitutes("sports") == {}
+    for odd in ("", " ", "a  car ", "...", "car car"):
+        assert " ".join(book.split(odd)) == odd
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["car", "sports", "red", "", "Car.", "of", "sports car"])))
+def test_splitting_loses_nothing(parts):
+    sentence = " ".join(parts)
+    assert " ".join(Thesaurus(lambda word: SAME.get(word, ())).split(sentence)) == sentence
+
+
+def test_the_synonym_that_moves_the_embedding_most_is_taken(words_of):
+    bag = BagOfWords()
+    for sentence in ("photo of a car", "a red car", "a photo of a sports car.", "this"):
+        found, book = SynonymAttack()(bag, [sentence])[0], text.thesaurus(bag)
+        words, options = book.split(sentence), book.substitutes(sentence)
+        far = lambda after, clean=sentence: 1 - (bag.encode_texts([clean]) @ bag.encode_texts([after]).T).item()  # noqa: E731
+        moves = {place: far(" ".join([*words[:place], "[UNK]", *words[place + 1 :]])) for place in options}
+        swaps = [" ".join([*words[:place], new, *words[place + 1 :]])
+                 for place in sorted(moves, key=moves.get)[-1:] for new in options[place]]  # fmt: skip
+        assert found == max(swaps, key=far, default=sentence)
+    both = SynonymAttack(words=2)(bag, ["a red car"])
+    assert both == ["a ruby auto"]
+
+
+def test_the_clip_decides_between_synonyms(words_of):
+    bag, turned = BagOfWords(), BagOfWords()
+    turned.vector = lambda word: BagOfWords.vector(turned, word[::-1] + "x")
+    images = F.normalize(torch.randn(30, 16, generator=torch.Generator().manual_seed(1)), dim=1)
+    prompts = ["sports car", "a photo of a car", "photo"]
+    assert SynonymAttack()(bag, prompts) != SynonymAttack()(turned, prompts)
+    against = SynonymAttack().against(bag, ["sports car"] * 30, images)
+    assert set(against) == {"sports car", "sport car", "racer"}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+def test_synonyms_of_tinyworld_name_the_same(clip, name):
+    """Whatever is swapped is another name of the same value of the same attribute."""
+    prompts = role(name).prompts[:40]
+    attacked = SynonymAttack()(clip, prompts)
+    pairs = [
+        (one.split(" ")[place], two.split(" ")[place])
+        for one, two in zip(prompts, attacked, strict=True)
+        for place in changed(one, two)
+    ]
+    assert len(pairs) == len(prompts)
+    groups = [
+        set(common + rare)
+        for attribute in grammar.NAMED
+        for common, rare in zip(grammar.words(attribute), grammar.rare_words(attribute), strict=True)
+    ]
+    assert all(any({before, after} <= group for group in groups) for before, after in pairs)
+
+
 # --- label-aware ------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +594,7 @@ def test_label_aware_checks_its_images(images, labels, message):
         BertAttack(),
         BertAttack(**RELEASED, objective="cosine", candidates=48, threshold=-1.0, words=3, max_pieces=12),
         LabelAwareBertAttack(images=64, language_model="tinyworld-mlm"),
+        SynonymAttack(objective="cosine", words=2),
     ],
     ids=repr,
 )
@@ -524,7 +602,7 @@ def test_repr_pastes_back_and_settings_are_frozen(attack):
     assert eval(repr(attack)) == attack
     assert isinstance(attack, TextAttack)
     with pytest.raises(AttributeError, match="cannot assign"):
-        attack.offset = "shifted"
+        attack.images = 3
 
 
 def test_only_the_label_aware_attack_asks_for_images():
@@ -559,20 +637,20 @@ def test_prompts_are_a_list_of_texts(clip, prompts):
 
 
 def test_auto_goes_by_the_vocabulary_of_the_clip(clip, monkeypatch, root):
-    tuned, other = copy.deepcopy(clip), copy.copy(clip)
+    tuned, photo, other = (copy.copy(clip) for _ in range(3))
     tuned.name, other.tokenizer = "runs/checkpoints/tecoa", SimpleNamespace(tokenizer=None)
-    assert is_tinyworld(clip)
-    assert is_tinyworld(tuned)
-    assert not is_tinyworld(other)
-    embedded = load_language_model("tinyworld-mlm")
-    assert load_language_model("auto", tuned) is embedded
+    words = (root / "src/robustclip/assets/photo-mlm/vocab.txt").read_text(encoding="utf-8").split()
+    photo.tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: dict.fromkeys(words)))
+    speaks = {name: embedded_language(one) for name, one in {"tuned": tuned, "photo": photo, "other": other}.items()}
+    assert speaks == {"tuned": "tinyworld-mlm", "photo": "photo-mlm", "other": None}
+    tinyworld, photos = load_language_model("tinyworld-mlm"), load_language_model("photo-mlm")
     monkeypatch.setattr(language, "_cached_bert", lambda: None)
-    assert load_language_model("auto", other) is embedded
+    assert [load_language_model("auto", one) for one in (tuned, photo, other, None)] == [tinyworld, *[photos] * 3]
     monkeypatch.setattr(language, "_cached_bert", lambda: str(root / "src/robustclip/assets/tinyworld-mlm"))
-    bert = load_language_model("auto", other)
-    assert bert is load_language_model("bert-base-uncased", clip)
-    assert bert is not embedded
-    assert load_language_model("auto", tuned) is embedded
+    bert = load_language_model("bert-base-uncased")
+    assert bert not in (tinyworld, photos)
+    assert [load_language_model("auto", one) for one in (tuned, photo, other)] == [tinyworld, photos, bert]
+    assert [thesaurus(one).synonyms for one in (tuned, photo, other)] == [grammar.synonyms, *[lexicon.synonyms] * 2]
     language._load.cache_clear()
 
 

@@ -1,79 +1,171 @@
-"""Train the embedded masked language models from nothing; `tools/pretrain.py` runs it and writes the model cards."""
+"""Train the embedded masked language models from nothing; `tools/pretrain.py` runs it and writes the model cards.
 
+An interrupted run goes on from its last checkpoint and ends with the same weights.
+"""
+
+import random
 import time
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import drawings
-from pretraining import learning_rate, tokenize
-from robustclip.data import tinyworld
+import english
+from pretraining import learning_rate
+from robustclip.data import lexicon, tinyworld
 from robustclip.data.grammar import Speaker
 from robustclip.data.tinyworld import training_scenes
+from robustclip.training import checkpoint
 
-MLM_SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+BATCH = 256  # sentences of one step
+LONGEST = 64  # tokens of a sentence that the models can read
+SPECIAL = 5  # tokens that are no words come first
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # hardly any sentence comes twice
 
 
-def sentences(batch: int, stream: str = "pretrain") -> list[str]:
-    """One batch of captions that use all synonyms alike; streams other than "pretrain" are never trained on."""
-    seed, scenes = (batch, batch) if stream == "pretrain" else (f"{stream}/{batch}", -1 - batch)
-    return Speaker(seed, synonyms=0.6, rare=0.4).captions(training_scenes(scenes))[0]
+class Language(NamedTuple):
+    """What a language model is made for."""
+
+    name: str
+    sizes: dict  # of the network
+    write_tokenizer: Callable
+    sentences: Callable[[int], list[str]]  # of one step, or, for negative ones, held out
+
+
+# --- what the models read ---------------------------------------------------------------------------------------------
+
+
+def tinyworld_sentences(step: int) -> list[str]:
+    """Captions of scenes in which all names of a thing are equally frequent."""
+    return Speaker(f"language/{step}", synonyms=0.6, rare=0.4).captions(training_scenes(step))[0]
+
+
+def photo_sentences(step: int) -> list[str]:
+    """Captions, class names and their synonyms in prompts, and what WordNet says; held out are only captions."""
+    choose = random.Random(f"language/{step}")
+    if step < 0:
+        return choose.sample(english.captions(held_out=True), BATCH)
+    told = [prompt(choose) if choose.random() < 0.6 else description(choose) for _ in range(BATCH // 2)]
+    return told + choose.choices(english.captions(), k=BATCH - len(told))
+
+
+def prompt(choose: random.Random) -> str:
+    """A class, by its name or another one, in a template; some begin with "this is"."""
+    name = choose.choice(english.photo_names())
+    template = choose.choice(english.templates())
+    opening = "this is " if template.startswith("a ") and choose.random() < 0.5 else ""
+    return opening + template.format(choose.choice([name, name, *lexicon.synonyms(name)]))
+
+
+def description(choose: random.Random) -> str:
+    """A sentence about a class; of an unknown one, its name."""
+    name = choose.choice(english.photo_names())
+    return choose.choice(lexicon.descriptions(name) or (name,))
+
+
+TINYWORLD = Language(
+    "tinyworld-mlm",
+    {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, **NO_DROPOUT},
+    drawings.write_tokenizer,
+    tinyworld_sentences,
+)
+PHOTO = Language(
+    "photo-mlm",
+    {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512, **NO_DROPOUT},
+    english.write_photo_tokenizer,
+    photo_sentences,
+)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def mask_tokens(tokens: Tensor, mask: int, words: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Hide 15 % of the words as BERT does: 80 % become [MASK], 10 % a random word, 10 % stay; others get label -100."""
-    special = tokens < 5
-    chosen = (torch.rand(tokens.shape, generator=random) < 0.15) & ~special
+    chosen = (torch.rand(tokens.shape, generator=random) < 0.15) & (tokens >= SPECIAL)
     labels = torch.where(chosen, tokens, -100)
     fate = torch.rand(tokens.shape, generator=random)
     hidden = torch.where(chosen & (fate < 0.8), mask, tokens)
-    other = torch.randint(5, words, tokens.shape, generator=random)
+    other = torch.randint(SPECIAL, words, tokens.shape, generator=random)
     return torch.where(chosen & (fate >= 0.9), other, hidden), labels
 
 
+def tokenize(tokenizer, texts: list[str], groups: int = 4) -> list[Tensor]:
+    """Token ids (n, longest) of groups of texts of about the same length, so that little is padded."""
+    rows = sorted(map(torch.tensor, tokenizer(texts, truncation=True)["input_ids"]), key=len)
+    size = -(-len(rows) // groups)
+    return [pad_sequence(rows[at : at + size], batch_first=True) for at in range(0, len(rows), size)]
+
+
+def logits_at(model: torch.nn.Module, tokens: Tensor, places: Tensor) -> Tensor:
+    """Logits (k, words) at the places where a mask (n, length) is True; the others are not computed."""
+    states = model.bert(input_ids=tokens, attention_mask=(tokens != 0).long()).last_hidden_state
+    return model.cls(states[places])
+
+
 @torch.random.fork_rng(devices=())
-def train_mlm(folder: Path, steps: int, peak: float = 2e-3, report_every: int = 100) -> dict:
-    """Train the embedded masked language model and save it in transformers' folder format."""
+def train_mlm(folder: Path, language: Language, steps: int, peak: float = 2e-3, report_every: int = 200) -> dict:
+    """Train a masked language model, or go on with an interrupted run, and save it in transformers' folder format."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
-    tokenizer = drawings.write_tokenizer(folder)
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **MLM_SIZES)
-    model = BertForMaskedLM(config).train()
+    tokenizer = language.write_tokenizer(folder)
+    words, mask = len(tokenizer), tokenizer.mask_token_id
+    model = BertForMaskedLM(BertConfig(vocab_size=words, max_position_embeddings=LONGEST, **language.sizes)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    start = time.time()
-    for step in range(steps):
-        tokens = tokenize(tokenizer, sentences(step), drawings.CONTEXT)
-        hidden, labels = mask_tokens(tokens, tokenizer.mask_token_id, len(tokenizer), tinyworld.generator("mlm", step))
-        loss = model(input_ids=hidden, attention_mask=(tokens != 0).long(), labels=labels).loss
+    weights, path, done = [*model.parameters()], folder / checkpoint.CHECKPOINT, {"step": 0, "seconds": 0}
+    facts = {"steps": steps, "peak": peak, "language": language.name, "words": words}
+    if path.exists():
+        done = checkpoint.restore(path, weights, optimizer, facts)
+    start = time.time() - done["seconds"]
+    for step in range(done["step"], steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * learning_rate(step, steps)
+        random, groups = tinyworld.generator("language", step), tokenize(tokenizer, language.sentences(step))
+        pairs = [mask_tokens(tokens, mask, words, random) for tokens in groups]
+        logits = torch.cat([logits_at(model, hidden, labels >= 0) for hidden, labels in pairs])
+        loss = F.cross_entropy(logits, torch.cat([labels[labels >= 0] for _, labels in pairs]))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        schedule.step()
         if step % report_every == report_every - 1:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+            seconds = round(time.time() - start)
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {seconds} s", flush=True)
+            checkpoint.save(path, weights, optimizer, facts | {"step": step + 1, "seconds": seconds})
     model.save_pretrained(folder, safe_serialization=True)
-    sentences_seen = steps * tinyworld.BATCH
-    return {"steps": steps, "sentences": sentences_seen, "seconds": round(time.time() - start), "device": "cpu"}
+    path.unlink(missing_ok=True)
+    return {"steps": steps, "sentences": steps * BATCH, "seconds": round(time.time() - start), "device": "cpu"}
+
+
+def train_tinyworld_mlm(folder: Path, steps: int) -> dict:
+    """The language model of Tinyworld."""
+    return train_mlm(folder, TINYWORLD, steps)
+
+
+def train_photo_mlm(folder: Path, steps: int) -> dict:
+    """The language model of photographs."""
+    return train_mlm(folder, PHOTO, steps)
 
 
 @torch.no_grad()
-def mlm_accuracy(folder: Path, batches: int = 4, best: int = 10) -> tuple[int, int]:
+def mlm_accuracy(folder: Path, language: Language, batches: int = 4, best: int = 10) -> tuple[int, int]:
     """Hits and trials: every word of held-out sentences hidden in turn, is it among the `best` guesses?"""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder).eval()
     hits = trials = 0
-    for batch in range(batches):
-        tokens = tokenize(tokenizer, sentences(batch, "held-out"), drawings.CONTEXT)
-        rows, places = (tokens >= 5).nonzero(as_tuple=True)
+    sentences = chain.from_iterable(language.sentences(-1 - batch) for batch in range(batches))
+    for tokens in tokenize(tokenizer, list(sentences), 4 * batches):
+        rows, places = (tokens >= SPECIAL).nonzero(as_tuple=True)
         for part in torch.arange(len(rows)).split(1024):
-            hidden = tokens[rows[part]].clone()
-            hidden[torch.arange(len(part)), places[part]] = tokenizer.mask_token_id
-            logits = model(input_ids=hidden, attention_mask=(hidden != 0).long()).logits
-            guesses = logits[torch.arange(len(part)), places[part]].topk(best).indices
-            hits += (guesses == tokens[rows[part], places[part]][:, None]).any(1).sum().item()
+            hidden, here = tokens[rows[part]], F.one_hot(places[part], tokens.shape[1]).bool()
+            guesses = logits_at(model, hidden.masked_fill(here, tokenizer.mask_token_id), here).topk(best).indices
+            hits += (guesses == hidden[here][:, None]).any(1).sum().item()
             trials += len(part)
     return hits, trials

@@ -9,10 +9,10 @@ from robustclip.attacks.from_torchattacks import FromTorchattacks, adapt
 from robustclip.attacks.gradient import FGSM, PGD, FeaturePGD, UniformNoise
 from robustclip.attacks.multimodal import SGA, CoAttack, SepAttack
 from robustclip.attacks.square import Square
-from robustclip.attacks.text import BertAttack, LabelAwareBertAttack
+from robustclip.attacks.text import BertAttack, LabelAwareBertAttack, SynonymAttack
 
 __all__ = [
     "APGD", "FGSM", "PGD", "SGA", "AutoAttack", "BertAttack", "CoAttack", "Fast", "FeaturePGD", "FromTextAttack",
-    "FromTorchattacks", "LabelAwareBertAttack", "SepAttack", "Square", "UniformNoise", "adapt", "bpda",
-    "replace_backward",
+    "FromTorchattacks", "LabelAwareBertAttack", "SepAttack", "Square", "SynonymAttack", "UniformNoise", "adapt",
+    "bpda", "replace_backward",
 ]  # fmt: skip

@@ -1,20 +1,22 @@
-"""The masked language model that proposes words to the attacks on prompts."""
+"""What proposes words to the attacks on prompts: masked language models and thesauri."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from robustclip.data.grammar import vocabulary
+from robustclip.data import grammar, lexicon
 from robustclip.models import Clip
 
-EMBEDDED, BERT = "tinyworld-mlm", "bert-base-uncased"
+TINYWORLD, PHOTO, BERT = "tinyworld-mlm", "photo-mlm", "bert-base-uncased"
 TOKENS = 2048  # in one pass: BERT's logits then take 250 MB
 
 
@@ -37,6 +39,10 @@ class LanguageModel:
             fingerprint.update(name.encode())
             fingerprint.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return fingerprint.hexdigest()[:16]
+
+    def split(self, text: str) -> list[str]:
+        """The words of a text."""
+        return text.split(" ")
 
     def join(self, pieces: Iterable[str]) -> str:
         """Word pieces back to text."""
@@ -62,21 +68,63 @@ class LanguageModel:
         return [found[row] for row in range(len(sentences))]
 
 
-def is_tinyworld(clip: Clip) -> bool:
-    """Whether a CLIP speaks the language of Tinyworld, judged by its vocabulary: fine-tuning keeps that."""
+class Thesaurus:
+    """Synonyms of words, and of names of several words."""
+
+    unknown, longest = "[UNK]", 4  # words in a name
+
+    def __init__(self, synonyms: Callable[[str], Sequence[str]]) -> None:
+        self.synonyms = synonyms
+
+    def split(self, text: str) -> list[str]:
+        """The words of a text; names of several words that have synonyms stay whole, the longest first."""
+        words, found = text.split(" "), []
+        while words:
+            size = next((size for size in range(self.longest, 1, -1) if self.others(" ".join(words[:size]))), 1)
+            found.append(" ".join(words[:size]))
+            del words[:size]
+        return found
+
+    def others(self, word: str) -> list[str]:
+        """What may stand for a word or a name; a comma after it stays."""
+        name, end = re.fullmatch(r"(.*?)(\W*)", word).groups()
+        return [other + end for other in self.synonyms(name.lower())]
+
+    def substitutes(self, text: str) -> dict[int, list[str]]:
+        """The positions, among the words that `split` tells apart, of those with synonyms, and these."""
+        return {place: others for place, word in enumerate(self.split(text)) if (others := self.others(word))}
+
+
+def embedded_language(clip: Clip) -> str | None:
+    """The embedded language model of a CLIP's vocabulary, which fine-tuning keeps, if there is one."""
     tokenizer = getattr(clip.tokenizer, "tokenizer", None)
-    return hasattr(tokenizer, "get_vocab") and set(tokenizer.get_vocab()) == set(vocabulary())
+    known = frozenset(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else None
+    return next((name for name in (TINYWORLD, PHOTO) if _vocabulary(name) == known), None)
+
+
+@cache
+def _vocabulary(name: str) -> frozenset[str]:
+    return frozenset(_asset(name).joinpath("vocab.txt").read_text(encoding="utf-8").split())
+
+
+def _asset(name: str) -> Traversable:
+    return files("robustclip").joinpath(f"assets/{name}")
+
+
+def thesaurus(clip: Clip) -> Thesaurus:
+    """The thesaurus of a CLIP's language: the words of Tinyworld for its vocabulary, else WordNet."""
+    return Thesaurus(grammar.synonyms if embedded_language(clip) == TINYWORLD else lexicon.synonyms)
 
 
 def load_language_model(name: str = "auto", clip: Clip | None = None) -> LanguageModel:
     """The masked language model called `name`, once per process and device, on the device of `clip`.
 
-    "tinyworld-mlm", "bert-base-uncased" from the local Hugging Face cache (never downloaded), or a folder in
-    transformers' format. "auto" takes the embedded model for a CLIP of Tinyworld's vocabulary, for any other
-    bert-base-uncased if it is on disk, else the embedded one.
+    "tinyworld-mlm", "photo-mlm", "bert-base-uncased" from the local Hugging Face cache (never downloaded), or a folder
+    in transformers' format. "auto" takes the embedded model of the CLIP's vocabulary, for any other CLIP
+    bert-base-uncased if it is on disk, else "photo-mlm".
     """
     if name == "auto":
-        name = BERT if (clip is None or not is_tinyworld(clip)) and _cached_bert() else EMBEDDED
+        name = (clip and embedded_language(clip)) or (BERT if _cached_bert() else PHOTO)
     return _load(name, "cpu" if clip is None else str(clip.device))
 
 
@@ -93,13 +141,13 @@ def _load(name: str, device: str) -> LanguageModel:
     """Read from disk; whatever transformers draws while it builds the network leaves the random state alone."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as embedded, torch.random.fork_rng(devices=()):
-        folder = embedded if name == EMBEDDED else Path(name).expanduser()
+    place = _asset(name) if name in (TINYWORLD, PHOTO) else Path(name).expanduser()
+    with as_file(place) as folder, torch.random.fork_rng(devices=()):
         source = str(folder) if (folder / "config.json").is_file() else _cached_bert() if name == BERT else None
         if source is None:
             raise FileNotFoundError(
-                f"no language model called {name!r} on disk; choose 'auto', {EMBEDDED!r}, a folder in transformers' "
-                f"format, or {BERT!r} after `hf download {BERT}` (0.4 GB)"
+                f"no language model called {name!r} on disk; choose 'auto', {TINYWORLD!r}, {PHOTO!r}, a folder in "
+                f"transformers' format, or {BERT!r} after `hf download {BERT}` (0.4 GB)"
             )
         network = AutoModelForMaskedLM.from_pretrained(source, local_files_only=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)

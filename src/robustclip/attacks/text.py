@@ -1,7 +1,7 @@
 """Attacks on texts: BERT-Attack on class prompts or captions, in the released and the aligned reading, and label-aware.
 
-Words are what stands between single blanks. A masked language model proposes substitutes for them, the text encoder
-under attack chooses.
+Words are what stands between single blanks. A masked language model or a thesaurus proposes substitutes for them, the
+text encoder under attack chooses.
 """
 
 import copy
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import chain, islice, product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from robustclip.attacks.base import Adversary, Captions, Pair, Target, check_captions, frozen, regroup
-from robustclip.attacks.language import LanguageModel, load_language_model
+from robustclip.attacks.language import LanguageModel, Thesaurus, load_language_model, thesaurus
 from robustclip.checks import check_choice, check_images, check_integer, check_labels, check_range
 from robustclip.classes import Classes
 from robustclip.component import component
@@ -122,6 +122,84 @@ def swapped(words: list[str], position: int, word: str) -> list[str]:
 
 
 @component
+class GreedyAttack(TextAttack):
+    """What attacks on single texts share: swap at most `words` words so that the embedding moves as far as possible.
+
+    max_{t'} D_KL(softmax(v) || softmax(v')), v = f_T(t) the unit embedding. Words are tried in the order of how far the
+    embedding moves when the unknown-word token replaces them; the best substitute of the first word that has one
+    better than the word itself is taken. Sees neither images, labels nor other prompts.
+    """
+
+    objective: str = "kl"
+    words: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_integer("words", self.words, 1)
+
+    @abstractmethod
+    def speaker(self, clip: Clip) -> Any:
+        """What knows the language of a CLIP: it splits texts into words and has an `unknown` one."""
+
+    @abstractmethod
+    def substitutes(self, speaker: Any, texts: Sequence[str]) -> dict[str, Substitutes]:
+        """For each text, the words that may be swapped and their substitutes."""
+
+    @abstractmethod
+    def seen(self, speaker: Any, words: Iterable[str]) -> str:
+        """The text that embeddings are computed on."""
+
+    def __call__(self, clip: Clip, prompts: Sequence[str]) -> list[str]:
+        """One attacked text per prompt; equal prompts are attacked once."""
+        unique = list(dict.fromkeys(check_texts("prompts", prompts)))
+        speaker, features, distance = self.speaker(clip), TextFeatures(clip), OBJECTIVES[self.objective]
+        clean = features([self.seen(speaker, speaker.split(text)) for text in unique])
+        found = self._climb(speaker, features, unique, lambda rows, moved: distance(clean[rows], moved))
+        attacked = dict(zip(unique, found, strict=True))
+        return [attacked[prompt] for prompt in prompts]
+
+    def against(self, clip: Clip, texts: Sequence[str], image_features: Tensor) -> list[str]:
+        """The i-th text against the i-th image, (n, d) unit rows: max_{t'} -cos(u_i, v'), words in the same order."""
+        texts = check_texts("texts", texts)
+        if image_features.ndim != 2 or len(image_features) != len(texts):
+            shape = tuple(image_features.shape)
+            raise ValueError(f"image_features must be ({len(texts)}, d), one row per text, got {shape}")
+        images = image_features.detach().cpu().double()
+        speaker, features = self.speaker(clip), TextFeatures(clip)
+        return self._climb(speaker, features, texts, lambda rows, moved: -(images[rows] * moved).sum(-1))
+
+    def _ranked(self, speaker: Any, features: TextFeatures, texts: list[str]) -> dict[str, list[tuple]]:
+        """Positions and substitutes of each text, its most important word first."""
+        found = self.substitutes(speaker, texts)
+        split = [speaker.split(text) for text in found]
+        clean = features([self.seen(speaker, words) for words in split])
+        counts = torch.tensor([len(options) for options in found.values()], dtype=torch.long)
+        places = zip(split, found.values(), strict=True)
+        probes = [swapped(words, position, speaker.unknown) for words, options in places for position in options]
+        moved = features([self.seen(speaker, probe) for probe in probes])
+        moves = iter(OBJECTIVES[self.objective](clean.repeat_interleave(counts, 0), moved).tolist())
+        return {text: sorted(options.items(), key=lambda _: -next(moves)) for text, options in found.items()}
+
+    def _climb(self, speaker: Any, features: TextFeatures, texts: list[str], score: Score) -> list[str]:
+        """Greedy search, all texts at once: each round tries one word of every text that may still change."""
+        ranked = self._ranked(speaker, features, list(dict.fromkeys(texts)))
+        words, left = [speaker.split(text) for text in texts], [self.words] * len(texts)
+        queues = [iter(ranked[text]) for text in texts]
+        while tries := {row: entry for row, queue in enumerate(queues) if left[row] and (entry := next(queue, None))}:
+            options = [
+                [words[row], *(swapped(words[row], position, word) for word in substitutes)]
+                for row, (position, substitutes) in tries.items()
+            ]
+            counts = [len(several) for several in options]
+            moved = features([self.seen(speaker, option) for option in chain.from_iterable(options)])
+            scores = score(torch.tensor([*tries]).repeat_interleave(torch.tensor(counts)), moved).split(counts)
+            for row, several, values in zip(tries, options, scores, strict=True):
+                best = int(values.argmax())
+                words[row], left[row] = several[best], left[row] - (best > 0)
+        return [" ".join(row) for row in words]
+
+
+@component
 class WordSubstitution(TextAttack):
     """What the BERT-Attacks share: where substitutes come from.
 
@@ -191,71 +269,40 @@ class WordSubstitution(TextAttack):
 
 
 @component
-class BertAttack(WordSubstitution):
-    """BERT-Attack on embeddings: swap at most `words` words so that the text embedding moves as far as possible.
+class BertAttack(WordSubstitution, GreedyAttack):
+    """BERT-Attack on embeddings: a masked language model proposes, the text encoder under attack chooses.
 
-    max_{t'} D_KL(softmax(v) || softmax(v')), v = f_T(t) the unit embedding. Words are tried in the order of how far the
-    embedding moves when the unknown-word token replaces them; the best substitute of the first word that has one
-    better than the word itself is taken. Sees neither images, labels nor other prompts. As released with MMCoA:
-    `BertAttack(offset="shifted", end_token=False)`.
+    As released with MMCoA: `BertAttack(offset="shifted", end_token=False)`.
     """
 
-    objective: str = "kl"
-    words: int = 1
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("objective", self.objective, OBJECTIVES)
-        check_integer("words", self.words, 1)
+        WordSubstitution.__post_init__(self)
+        GreedyAttack.__post_init__(self)
 
-    def __call__(self, clip: Clip, prompts: Sequence[str]) -> list[str]:
-        """One attacked text per prompt; equal prompts are attacked once."""
-        unique = list(dict.fromkeys(check_texts("prompts", prompts)))
-        model, features = load_language_model(self.language_model, clip), TextFeatures(clip)
-        clean, distance = features([self.seen(model, text.split(" ")) for text in unique]), OBJECTIVES[self.objective]
-        found = self._climb(model, features, unique, lambda rows, moved: distance(clean[rows], moved))
-        attacked = dict(zip(unique, found, strict=True))
-        return [attacked[prompt] for prompt in prompts]
+    def speaker(self, clip: Clip) -> LanguageModel:
+        """The language model that proposes."""
+        return load_language_model(self.language_model, clip)
 
-    def against(self, clip: Clip, texts: Sequence[str], image_features: Tensor) -> list[str]:
-        """The i-th text against the i-th image, (n, d) unit rows: max_{t'} -cos(u_i, v'), words in the same order."""
-        texts = check_texts("texts", texts)
-        if image_features.ndim != 2 or len(image_features) != len(texts):
-            shape = tuple(image_features.shape)
-            raise ValueError(f"image_features must be ({len(texts)}, d), one row per text, got {shape}")
-        images = image_features.detach().cpu().double()
-        model, features = load_language_model(self.language_model, clip), TextFeatures(clip)
-        return self._climb(model, features, texts, lambda rows, moved: -(images[rows] * moved).sum(-1))
 
-    def _ranked(self, model: LanguageModel, features: TextFeatures, texts: list[str]) -> dict[str, list[tuple]]:
-        """Positions and substitutes of each text, its most important word first."""
-        found = self.substitutes(model, texts)
-        split = [text.split(" ") for text in found]
-        clean = features([self.seen(model, words) for words in split])
-        counts = torch.tensor([len(options) for options in found.values()], dtype=torch.long)
-        places = zip(split, found.values(), strict=True)
-        probes = [swapped(words, position, model.unknown) for words, options in places for position in options]
-        moved = features([self.seen(model, probe) for probe in probes])
-        moves = iter(OBJECTIVES[self.objective](clean.repeat_interleave(counts, 0), moved).tolist())
-        return {text: sorted(options.items(), key=lambda _: -next(moves)) for text, options in found.items()}
+@component
+class SynonymAttack(GreedyAttack):
+    """The same search among synonyms, so that the meaning is kept.
 
-    def _climb(self, model: LanguageModel, features: TextFeatures, texts: list[str], score: Score) -> list[str]:
-        """Greedy search, all texts at once: each round tries one word of every text that may still change."""
-        ranked = self._ranked(model, features, list(dict.fromkeys(texts)))
-        words, left = [text.split(" ") for text in texts], [self.words] * len(texts)
-        queues = [iter(ranked[text]) for text in texts]
-        while tries := {row: entry for row, queue in enumerate(queues) if left[row] and (entry := next(queue, None))}:
-            options = [
-                [words[row], *(swapped(words[row], position, word) for word in substitutes)]
-                for row, (position, substitutes) in tries.items()
-            ]
-            counts = [len(several) for several in options]
-            moved = features([self.seen(model, option) for option in chain.from_iterable(options)])
-            scores = score(torch.tensor([*tries]).repeat_interleave(torch.tensor(counts)), moved).split(counts)
-            for row, several, values in zip(tries, options, scores, strict=True):
-                best = int(values.argmax())
-                words[row], left[row] = several[best], left[row] - (best > 0)
-        return [" ".join(row) for row in words]
+    They come from the thesaurus of the CLIP's language: the words of Tinyworld, or WordNet. A name of several words
+    that has synonyms of its own, such as "sports car", is swapped as one word.
+    """
+
+    def speaker(self, clip: Clip) -> Thesaurus:
+        """The thesaurus of the CLIP's language."""
+        return thesaurus(clip)
+
+    def substitutes(self, speaker: Thesaurus, texts: Sequence[str]) -> dict[str, Substitutes]:
+        """For each text, the words that may be swapped and their synonyms."""
+        return {text: speaker.substitutes(text) for text in texts}
+
+    def seen(self, speaker: Thesaurus, words: Iterable[str]) -> str:
+        """The whole text."""
+        return " ".join(words)
 
 
 @component

@@ -18,6 +18,7 @@ from robustclip.data.tinyworld import ANY, Scenes, values, world
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 COLUMNS = ("count", "shape1", "color1", "texture1", "shape2", "color2", "texture2", "relation", "background", "style")
+NAMED = ("shape", "color", "texture", "background", "style")  # attributes whose values have names
 # How often a caption says texture + color + shape, color + shape, ... of an object.
 _MENTIONS = {(True, True, True): 0.50, (True, True, False): 0.20, (True, False, False): 0.12, (True, False, True): 0.08,
              (False, True, True): 0.04, (False, True, False): 0.03, (False, False, True): 0.03}  # fmt: skip
@@ -34,6 +35,14 @@ def words(attribute: str) -> tuple[tuple[str, ...], ...]:
 def rare_words(attribute: str) -> tuple[tuple[str, ...], ...]:
     """The true names of every value of an attribute that are seldom heard."""
     return tuple(tuple(value.get("rare", value["words"])) for value in world()[f"{attribute}s"].values())
+
+
+@cache
+def synonyms(word: str) -> tuple[str, ...]:
+    """The other names, common and rare, of what a word names."""
+    tables = (zip(words(name), rare_words(name), strict=True) for name in NAMED)
+    found = chain.from_iterable(common + rare for common, rare in chain(*tables) if word in common + rare)
+    return tuple(dict.fromkeys(name for name in found if name != word))
 
 
 def entry(attribute: str, value: int) -> dict:
@@ -186,8 +195,8 @@ def vocabulary() -> list[str]:
     characters = list(string.ascii_lowercase + string.digits + string.punctuation)
     pieces = [f"##{character}" for character in string.ascii_lowercase + string.digits]
     texts = [*_strings(world()["language"])]
-    for table in ("shapes", "colors", "textures", "backgrounds", "styles"):
-        for name, said in world()[table].items():
+    for attribute in NAMED:
+        for name, said in world()[f"{attribute}s"].items():
             texts += [name, *_strings({key: said[key] for key in said if key not in ("parts", "pattern")})]
     split = re.findall(r"[^\W_]+", " ".join(texts).lower())
     found = dict.fromkeys(["a", "an", "the", "it", "and", *split])

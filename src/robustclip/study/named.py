@@ -4,6 +4,7 @@
 "APGD-CE", "APGD-DLR", "APGD-T", "Square", "AutoAttack"
 "BERT-Attack"                          on prompts, as MMCoA released it; "BERT-Attack-aligned" as first published
 "BERT-Attack-labels"                   chosen to raise the loss on held-out images
+"Synonyms"                             the same search among synonyms, so that the meaning is kept
 "PGD-100+BERT-Attack"                  both, without interaction; ":attacked" or ":worst" appended for other readings
 "Co-Attack", "SGA"
 """
@@ -22,6 +23,7 @@ from robustclip.attacks import (
     LabelAwareBertAttack,
     SepAttack,
     Square,
+    SynonymAttack,
     UniformNoise,
 )  # fmt: skip
 
@@ -48,6 +50,7 @@ TEXTS: dict[str, Callable] = {
     "BERT-Attack": BertAttack(offset="shifted", end_token=False),
     "BERT-Attack-aligned": BertAttack(),
     "BERT-Attack-labels": LabelAwareBertAttack(),
+    "Synonyms": SynonymAttack(),
 }
 NAMES = ("clean", *IMAGES, "PGD-10", "PGD-100", "CW-10", *TEXTS, "PGD-100+BERT-Attack", "PGD-100+BERT-Attack:worst")
 
