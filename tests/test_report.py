@@ -291,7 +291,7 @@ def attacked():
         result("clip", "CIFAR10", name, count, scale="quick", eps=eps, n=100, played_by=played.get(name, ""))
         for name, count, eps in (("clean", 90, 0.0), ("PGD-100", 4, 6 / 255), ("BERT-Attack", 30, 0.0))
     ]
-    run = pd.DataFrame(run).assign(distinct=[np.nan, np.nan, 7])
+    run = pd.DataFrame(run).assign(distinct=[np.nan, np.nan, 7], prompts=[np.nan, np.nan, 10])
     large = run.assign(scale="full", n=300, accuracy=[91.0, 3.0, 33.0], stale=[False, True, False])
     small = large.assign(n=20, accuracy=50.0)
     other = large.assign(eps=large["eps"] / 2)[1:2].assign(accuracy=60.0)  # at half the budget: another question
@@ -315,7 +315,7 @@ def test_comparison_has_a_column_for_each_number(attacked):
     )
     pgd = texts(table, "CLIP", "PGD-100", "CIFAR10")
     assert pgd == ["9.32 (eps 1/255)", "due", "3.0 † ([1.6, 9.8])", "4.0 ([1.6, 9.8])"]
-    assert texts(table, "CLIP", "BERT-Attack", "CIFAR10")[2].endswith("(7 distinct prompts)")
+    assert texts(table, "CLIP", "BERT-Attack", "CIFAR10")[2].endswith("(7 of 10 texts distinct)")
     assert texts(table, "MMCoA", "clean", "CIFAR10")[1:] == ["due", "due", "–"]
     assert table.note.splitlines()[0] == "Mine."
     assert "this run (quick): PGD, 20 steps, plays PGD-100; BertAttack, plays BERT-Attack." in table.note

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pandas as pd
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from robustclip.component import component
 from robustclip.data.sources import load_samples
 from robustclip.defenses.base import as_defense
 from robustclip.models import ZeroShotClassifier
-from robustclip.study import Store, audit_cell, evaluate, grid, outcomes
+from robustclip.study import Store, audit_cell, evaluate, grid, outcomes, over_seeds
 from study_fakes import Darken, FakeClip, Step
 
 
@@ -66,6 +67,30 @@ def test_attacked_prompts_classify_clean_images(tmp_path, attack):
     assert outcomes(row, tmp_path).tolist() == expected.tolist()
     assert row["eps"] == 0
     assert row["flags"] == "", "no image was attacked"
+    assert (row["distinct"], row["prompts"]) == (10, 10)
+
+
+@component
+class Merge(TextAttack):
+    """All texts but the first become one."""
+
+    def __call__(self, clip, prompts):
+        return [prompts[0], *["same"] * (len(prompts) - 1)]
+
+
+def test_distinct_texts_are_counted_beside_every_text_number(tmp_path):
+    """Also where captions are attacked, and as a mean over seeds; what no text attack saw has no count."""
+    frame = evaluate(cells(FakeClip(), {"clean": None, "merged": Merge(), "image": Step(eps=0.01)}), tmp_path)
+    assert frame["distinct"].fillna(0).tolist() == [0, 2, 0]
+    assert frame["prompts"].fillna(0).tolist() == [0, 10, 0]
+    merged = frame[frame["attack"] == "merged"]
+    several = pd.concat([merged, merged.assign(seed=1, distinct=4)])
+    assert over_seeds(several, tmp_path)["distinct"].item() == 3
+
+    options = {"roles": ["coco"], "task": "retrieve", "n": 6}
+    retrieved = evaluate(cells(models.load(device="cpu"), {"merged": Merge(), "clean": None}, **options), tmp_path)
+    assert retrieved.drop_duplicates("attack")["distinct"].fillna(0).tolist() == [2, 0]
+    assert retrieved["prompts"].iloc[0] == len(set(load_samples("coco", n=6).captions))
 
 
 def test_prompts_are_attacked_once_for_all_batches(tmp_path):

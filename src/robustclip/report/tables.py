@@ -175,13 +175,22 @@ def number(record: Mapping, value: str = "accuracy", interval: str = "below") ->
     if pd.isna(found):
         return Field()
     text, ends = f"{found:,}" if isinstance(found, int) else f"{found:,.1f}", f"[{low:.1f}, {high:.1f}]"
-    below = [(low + high, ends), (record.get("n"), "n = {:,.0f}"), (record.get("distinct"), "{:.0f} distinct prompts")]
-    small = tuple(line.format(known) for known, line in below if interval == "below" and not pd.isna(known))
+    below = [(low + high, ends), (record.get("n"), "n = {:,.0f}")]
+    small = [line.format(known) for known, line in below if interval == "below" and not pd.isna(known)]
+    small += [distinct(record)] if value == "accuracy" else []
     if not pd.isna(low + high):
         text += {"half": f" ± {(high - low) / 2:.1f}", "range": f" {ends}"}.get(interval, "")
     text += f" {words.STALE}" * (record.get("stale") in (True,))
     text += f" {words.FLAGGED}" * (value == "accuracy" and bool(words.flags_of(record.get("flags"))))
-    return Field(text, found, small=small)
+    return Field(text, found, small=tuple(filter(None, small)))
+
+
+def distinct(record: Mapping) -> str:
+    """How many different texts a text attack left: those that coincide cap the accuracy."""
+    left, among = record.get("distinct"), record.get("prompts")
+    if pd.isna(left):
+        return ""
+    return f"{left:.0f} distinct texts" if pd.isna(among) else f"{left:.0f} of {among:.0f} texts distinct"
 
 
 def grade_of(origin: object) -> str:

@@ -29,7 +29,7 @@ def averages(frame: pd.DataFrame, sets: Mapping[str, Sequence[str]], store: Wher
                 known[row["key"]] = outcomes(row, store)
             value, low, high = macro([[known[key] for key in one["key"]] for one in by_role])
             first = part.iloc[0].to_dict() | {"seed": part["seed"].min(), "stale": bool(part["stale"].any())}
-            several = {"source": "", "distinct": float("nan")} if len(by_role) > 1 else {}
+            several = {"source": "", "distinct": float("nan"), "prompts": float("nan")} if len(by_role) > 1 else {}
             told = {
                 "role": title,
                 "dataset": title,

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -38,7 +38,7 @@ class Bench:
         self._blind: dict[tuple, dict[tuple, tuple[list[Pair], np.ndarray]]] = {}
         self._target: tuple[Any, Target | None] = (None, None)
         self.saved = np.zeros(3)
-        self.distinct: int | None = None
+        self.distinct: tuple[int, int] | None = None  # texts left by the latest attack on them, of so many
 
     # --- what a cell stands for, without weights or pictures where that is possible
 
@@ -140,14 +140,18 @@ class Bench:
         return build
 
     def pairs(self, cell: Cell, rows: slice) -> list[Pair]:
-        """What the attacker of a cell makes of some rows; `distinct` then counts the prompts it leaves, if it has any.
-
-        Prompts that coincide cap the accuracy, whatever the model.
-        """
+        """What the attacker of a cell makes of some rows; the prompts it leaves are counted."""
         found = self._pairs(cell, rows)
-        texts = cell.attack is not None and cell.attack.changes_texts
-        self.distinct = min(len(set(pair.classes.prompts)) for pair in found) if texts else None
+        self.count(cell, self.classes(cell).prompts, min((set(pair.classes.prompts) for pair in found), key=len))
         return found
+
+    def count(self, cell: Cell, before: Iterable[str], after: Iterable[str]) -> None:
+        """Keep in `distinct` how many different texts an attack on them leaves of how many.
+
+        Texts that coincide cap the accuracy, whatever the model.
+        """
+        texts = cell.attack is not None and cell.attack.changes_texts
+        self.distinct = (len(set(after)), len(set(before))) if texts else None
 
     def _pairs(self, cell: Cell, rows: slice) -> list[Pair]:
         """As `pairs`; a blind attacker makes the same whatever the defense, so its pairs are kept for the next one.

@@ -22,7 +22,8 @@ from robustclip.study.tasks import TASK, numbered
 
 COLUMNS = [
     *("scale", "model", "role", "dataset", "source", "task", "attack", "played_by", "attacker", "defense", "eps"),
-    *("n", "seed", "metric", "accuracy", "low", "high", "distinct", "flags", "seconds", "forward", "backward"),
+    *("n", "seed", "metric", "accuracy", "low", "high", "distinct", "prompts", "flags"),
+    *("seconds", "forward", "backward"),
     *("stale", "origin", "checkpoint", "data", "device", "date", "commit", "key"),
 ]
 SAME = ["scale", "model", "role", "task", "metric", "attack", "attacker", "defense", "eps", "n"]
@@ -40,7 +41,8 @@ def evaluate(
 
     One row per cell and metric: `accuracy` is the percentage of images, or of queries, that are right, with its 95 %
     Wilson interval. `seconds`, `forward`, `backward` are what the cell costs alone. `distinct` counts the different
-    prompts after a text attack. `stale` marks results of other code, which scales with `recompute_stale` measure again.
+    texts that a text attack leaves of `prompts`. `stale` marks results of other code, which scales with
+    `recompute_stale` measure again.
     `audit` = n also audits every image attack on the first n images; `flags` says what the audit found, or that there
     was none, and whether the attacker was blind to a defense. A cell that another process is measuring is waited for.
     `fresh` ignores what is shipped.
@@ -135,6 +137,7 @@ def over_seeds(frame: pd.DataFrame, store: Where = None) -> pd.DataFrame:
         if len(part) > 1:
             found = hierarchical([outcomes(one, store) for one in part.to_dict("records")])
             row |= {"accuracy": found.value, "low": found.low, "high": found.high, "stale": part["stale"].any()}
+            row["distinct"] = part["distinct"].astype(float).mean()
         rows.append(row)
     return pd.DataFrame(rows, columns=frame.columns)
 
@@ -199,12 +202,14 @@ def _audited(cell: Cell, bench: Bench, images: int) -> Audit:
 def _record(cell: Cell, bench: Bench, code: dict, batches: list[dict]) -> dict:
     """What the store keeps of a finished cell."""
     samples = bench.samples(cell)
+    distinct, prompts = batches[-1]["distinct"] or (None, None)
     seconds, forward, backward = np.sum([batch["cost"] for batch in batches], axis=0).tolist()
     return {
         "cell": cell.describe() | {"source": samples.source, "n": len(samples)},
         "made_by": cell.made_by(),
         "answers": numbered([batch["answers"] for batch in batches]),
-        "distinct": batches[-1]["distinct"],
+        "distinct": distinct,
+        "prompts": prompts,
         "changes_images": cell.attack is not None and cell.attack.changes_images,
         "seconds": round(seconds, 3),
         "forward": int(forward),

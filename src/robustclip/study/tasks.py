@@ -68,9 +68,10 @@ class Retrieve:
     def answer(self, cell: Cell, bench: Bench, rows: slice) -> Answers:
         """For each query of either direction, how many answers stand before the right one."""
         images, captions = bench.batch(cell, rows)[0], captions_of(bench.samples(cell))
-        clip = bench.clip(cell.spec)
+        clip, before = bench.clip(cell.spec), list(chain(*captions))
         if cell.attack is not None:
             images, captions = cell.attack.on_captions(clip, images, captions)
+        bench.count(cell, before, chain(*captions))
         return {name: found.tolist() for name, found in ranks(clip, images, captions).items()}
 
     def hits(self, answers: Answers) -> dict[str, np.ndarray]:
