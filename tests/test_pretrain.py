@@ -1,4 +1,4 @@
-"""Training the embedded models from nothing: the losses, the stream, and folders that their libraries load."""
+"""Training the embedded models from nothing: the losses, the stream, and folders that open_clip loads."""
 
 import math
 
@@ -8,24 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import drawings
-import language
 import pretraining
 from drawings import fits
-from language import mask_tokens
 from pretraining import contrastive_loss, learning_rate
 from robustclip import models
 from robustclip.data import tinyworld
-from robustclip.data.grammar import SPECIAL_TOKENS, Speaker, vocabulary
+from robustclip.data.grammar import Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, is_held_out
 
 models._torchvision.prepare()
 from open_clip.loss import ClipLoss  # noqa: E402  torchvision has to be prepared first
 
 WORDS = len(vocabulary())
-MASK = SPECIAL_TOKENS.index("[MASK]")
 
 
 def unit_rows(n: int, seed: int) -> torch.Tensor:
@@ -121,34 +117,7 @@ def test_stream_of_batches(tmp_path):
     assert not torch.equal(stream[4][0], images)
 
 
-def test_held_out_sentences_are_new():
-    assert language.sentences(0) == language.sentences(0)
-    assert language.sentences(0) != language.sentences(1)
-    assert language.sentences(0, "held-out") != language.sentences(0)
-
-
-# --- masking and the schedule -----------------------------------------------------------------------------------------
-
-
-def test_masking_is_that_of_bert():
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, WORDS, (400, 100), generator=generator)
-    tokens[:, :4], tokens[:, 90:] = torch.tensor([2, 3, 1, 4]), 0
-    before = tokens.clone()
-    hidden, labels = mask_tokens(tokens, MASK, WORDS, generator)
-    assert torch.equal(tokens, before), "the input is left alone"
-    special = tokens < 5
-    assert torch.equal(hidden[special], tokens[special]), "special tokens are never masked"
-    assert (labels[special] == -100).all()
-    chosen = labels != -100
-    assert torch.equal(labels[chosen], tokens[chosen])
-    assert torch.equal(hidden[~chosen], tokens[~chosen])
-    assert chosen.sum() / (~special).sum() == pytest.approx(0.15, abs=0.01)
-    assert (hidden[chosen] == MASK).float().mean() == pytest.approx(0.8, abs=0.02)
-    assert (hidden[chosen] == tokens[chosen]).float().mean() == pytest.approx(0.1, abs=0.02)
-    replaced = hidden[chosen & (hidden != MASK) & (hidden != tokens)]
-    assert 5 <= replaced.min() <= replaced.max() < WORDS
-    assert replaced.unique().numel() > 100
+# --- the schedule -----------------------------------------------------------------------------------------------------
 
 
 @given(steps=st.integers(102, 5000))
@@ -163,7 +132,7 @@ def test_learning_rate_rises_then_falls_to_zero(steps):
     assert rates[100 + (steps - 100) // 2] == pytest.approx(0.5, abs=2 / (steps - 100))
 
 
-# --- two steps of each ------------------------------------------------------------------------------------------------
+# --- two steps --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -204,56 +173,10 @@ def test_clip_learns(small, tmp_path, capsys, monkeypatch):
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize(
-    ("train", "file", "weight"),
-    [
-        (pretraining.train_clip, models.WEIGHTS, "text_projection"),
-        (language.train_mlm, "model.safetensors", "bert.embeddings.word_embeddings.weight"),
-    ],
-)
-def test_the_schedule_is_followed(small, tmp_path, monkeypatch, train, file, weight):
+def test_the_schedule_is_followed(small, tmp_path, monkeypatch):
     """A learning rate of zero after the first step leaves the weights where that step put them."""
     monkeypatch.setattr(pretraining, "learning_rate", lambda step, steps: float(step == 0))
     for steps in (1, 3):
-        train(tmp_path / str(steps), steps, **({"workers": 0} if train is pretraining.train_clip else {}))
-    one, three = (load_file(tmp_path / steps / file)[weight] for steps in ("1", "3"))
+        pretraining.train_clip(tmp_path / str(steps), steps, workers=0)
+    one, three = (load_file(tmp_path / steps / models.WEIGHTS)["text_projection"] for steps in ("1", "3"))
     assert torch.equal(one, three)
-
-
-def test_language_model_trains_and_loads(small, tmp_path, capsys):
-    before = torch.get_rng_state()
-    run = language.train_mlm(tmp_path / "one", steps=2, report_every=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (run["steps"], run["sentences"]) == (2, 32)
-    assert capsys.readouterr().out.count("loss") == 2
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "one")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
-    assert model.config.vocab_size == len(tokenizer) == WORDS
-    assert tokenizer.mask_token_id == MASK
-
-    language.train_mlm(tmp_path / "two", steps=2)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-
-
-@pytest.mark.parametrize("best", [1, 20])
-def test_language_model_accuracy_counts_every_word(small, tmp_path, monkeypatch, best):
-    """Against one sentence and one word at a time."""
-    monkeypatch.setattr(tinyworld, "BATCH", 6)
-    language.train_mlm(tmp_path, steps=2)
-    hits, trials = language.mlm_accuracy(tmp_path, batches=2, best=best)
-    model, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
-    found = words = 0
-    for batch in range(2):
-        for text in language.sentences(batch, "held-out"):
-            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=drawings.CONTEXT)["input_ids"]
-            for place in range(1, tokens.shape[1] - 1):
-                hidden = tokens.clone()
-                hidden[0, place] = MASK
-                with torch.no_grad():
-                    guesses = model(input_ids=hidden).logits[0, place].topk(best).indices
-                found += int(tokens[0, place] in guesses)
-                words += 1
-    assert trials == words
-    assert abs(hits - found) <= 1, "padding may change the last bit of a tie"

@@ -25,7 +25,7 @@ ASSETS = Path(__file__).parents[1] / "src" / "robustclip" / "assets"
 STEPS = {"clip": 5000, "mlm": 2000}
 TRAIN = {
     "clip": lambda folder, steps: pretraining.train_clip(folder, drawings.Drawings(folder), steps),
-    "mlm": language.train_mlm,
+    "mlm": language.train_tinyworld_mlm,
 }
 ROLES = ("cifar10", "cifar100", "tinyimagenet", "imagenet", "stl10", "caltech101", "imagenet-sketch", "imagenet-a")
 
@@ -117,7 +117,7 @@ def card(kind: str, folder: Path, run: dict, eps: float) -> str:
         from transformers import AutoModelForMaskedLM
 
         model = AutoModelForMaskedLM.from_pretrained(folder)
-        top = {best: language.mlm_accuracy(folder, best=best) for best in (1, 10)}
+        top = {best: language.mlm_accuracy(folder, language.TINYWORLD, best=best) for best in (1, 10)}
         return MLM_CARD.format(
             layers=model.config.num_hidden_layers,
             width=model.config.hidden_size,
