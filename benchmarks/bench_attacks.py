@@ -48,7 +48,7 @@ def duel(trained: bool, rounds: int) -> dict:
             lambda: ours(classifier, images, labels), lambda: rival(images, labels), rounds, warm_up=False
         )
     return timing.row(
-        f"AutoAttack (standard), {'PGD-trained' if trained else 'undefended'} {models.EMBEDDED}, cifar10",
+        f"AutoAttack (standard), {'PGD-trained' if trained else 'undefended'} {models.EMBEDDED[0]}, cifar10",
         accuracy_ours=accuracy(classifier, timing.our_result, labels),
         accuracy_rival=accuracy(classifier, timing.rival_result, labels),
         note=f"{IMAGES[trained]} images, {STEPS} steps, {QUERIES:,} queries, eps {EPS * 255:g}/255",

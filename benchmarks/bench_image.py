@@ -53,7 +53,7 @@ def embedded(name: str, trained: bool, rounds: int) -> dict:
     """PGD-20 at 6/255 on the embedded model or on its PGD-trained copy."""
     clip = pgd_trained(name) if trained else models.load(device="cpu")
     pixels, labels, _, _ = tinyworld_samples(name, "test", IMAGES)
-    title = f"PGD-20, {'PGD-trained' if trained else 'undefended'} {models.EMBEDDED}, {name}"
+    title = f"PGD-20, {'PGD-trained' if trained else 'undefended'} {models.EMBEDDED[0]}, {name}"
     return duel(title, models.zero_shot(clip, role(name)), pixels.float() / 255, labels, EPS, 20, rounds)
 
 

@@ -33,7 +33,7 @@ import open_clip  # noqa: E402  torchvision has to be prepared first
 
 @pytest.fixture(scope="module")
 def clip():
-    return load(EMBEDDED, device="cpu")
+    return load(EMBEDDED[0], device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +144,13 @@ def test_digest_covers_buffers(clip):
 
 
 def test_bfloat16(clip, images):
-    half = load(EMBEDDED, device="cpu", precision="bfloat16")
+    half = load(EMBEDDED[0], device="cpu", precision="bfloat16")
     assert half.network.logit_scale.dtype == torch.bfloat16
     exact, rough = (zero_shot(model, role("cifar10"))(images) for model in (clip, half))
     assert rough.dtype == torch.float32
     assert (exact.argmax(1) == rough.argmax(1)).float().mean() > 0.85
     with pytest.raises(ValueError, match="unknown precision 'int8'; choose one of: float32, bfloat16, float16"):
-        load(EMBEDDED, precision="int8")
+        load(EMBEDDED[0], precision="int8")
 
 
 def test_prompts_are_needed(clip):
@@ -290,7 +290,9 @@ def test_pictures_of_any_size_are_resized(clip):
 
 @pytest.mark.parametrize("name", ["tinyworld", "no/such/folder", "ViT-B-32", "nobody/nothing", ""])
 def test_unknown_names(name):
-    with pytest.raises(FileNotFoundError, match=r"no CLIP called .*Give 'tinyworld-clip', a folder .* 'hf-hub:"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no CLIP called .*Give tinyworld-clip or photo-clip, a folder .* 'hf-hub:"
+    ):
         load(name)
 
 
@@ -353,7 +355,7 @@ def refuse(*_, **__):
 @pytest.fixture
 def hub(monkeypatch):
     """The hub's cache holds the embedded model as org/model."""
-    with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as folder:
+    with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED[0]}")) as folder:
         config = json.loads((folder / CONFIG).read_text())
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(folder)
         monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: copy.deepcopy(config))

@@ -2,7 +2,8 @@
 
 The name says where a model comes from:
 
-    clip = load("tinyworld-clip")                  # the embedded model
+    clip = load("tinyworld-clip")                  # an embedded model
+    clip = load("photo-clip")                      # the other one, which knows photographs
     clip = load("ViT-B-32/openai")                 # an open_clip architecture and pretrained tag
     clip = load("hf-hub:timm/ViT-B-16-SigLIP")     # a model hub id
     clip = load("runs/checkpoints/tecoa")          # a folder in open_clip's format, as `save` writes it
@@ -36,7 +37,7 @@ from robustclip.prompts import attach, learned, make_room, transform_from, trans
 
 _torchvision.prepare()
 
-EMBEDDED = "tinyworld-clip"
+EMBEDDED = ("tinyworld-clip", "photo-clip")
 WEIGHTS, CONFIG, PROMPTS = "open_clip_model.safetensors", "open_clip_config.json", "prompt.safetensors"
 PLAIN = re.compile(r"([!-%'-~]+( [!-%'-~]+)*)?")  # ASCII without "&" (entities), words between single blanks
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -294,7 +295,7 @@ def zero_shot(clip: Clip, role: Role) -> ZeroShotClassifier:
     return ZeroShotClassifier(clip, role.classes)
 
 
-def load(name: str | os.PathLike = EMBEDDED, device: str = "auto", precision: str = "float32") -> Clip:
+def load(name: str | os.PathLike = EMBEDDED[0], device: str = "auto", precision: str = "float32") -> Clip:
     """Load a CLIP by embedded name, "architecture/pretrained" of open_clip, "hf-hub:id" or local folder.
 
     Only names that point to the network download anything; open_clip then shows the size and a progress bar.
@@ -303,8 +304,8 @@ def load(name: str | os.PathLike = EMBEDDED, device: str = "auto", precision: st
 
     check_choice("precision", precision, PRECISIONS)
     name, target = os.path.expanduser(os.fspath(name)), pick_device(device)  # noqa: PTH111 leaves "~nobody" as it is
-    if name == EMBEDDED:
-        with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED}")) as folder:
+    if name in EMBEDDED:
+        with as_file(files("robustclip").joinpath(f"assets/{name}")) as folder:
             clip = _load_folder(folder, name)
     elif name.startswith("hf-hub:"):
         clip = _load_remote(name, None)
@@ -349,8 +350,8 @@ def _load_folder(folder: Path, name: str) -> Clip:
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
             raise FileNotFoundError(
-                f"no CLIP called {name!r}: {str(folder / needed)!r} does not exist. Give {EMBEDDED!r}, a folder in "
-                "open_clip's format, 'ViT-B-32/openai' or another open_clip pair, or 'hf-hub:organisation/model'"
+                f"no CLIP called {name!r}: {str(folder / needed)!r} does not exist. Give {' or '.join(EMBEDDED)}, a folder "
+                "in open_clip's format, 'ViT-B-32/openai' or another open_clip pair, or 'hf-hub:organisation/model'"
             )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]

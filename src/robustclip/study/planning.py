@@ -63,7 +63,7 @@ def _speed(cell: Cell, bench: Bench, store: Store) -> tuple[float, str]:
         count, seconds = np.sum(known, axis=0)
         return count / max(seconds, 1e-3), "records"
     base = getattr(cell.spec, "base", cell.spec)  # of a model yet to be trained
-    if not isinstance(base, str) or base == models.EMBEDDED or Path(base).expanduser().is_dir():
+    if not isinstance(base, str) or base in models.EMBEDDED or Path(base).expanduser().is_dir():
         return _try(bench.clip(base), bench.device), "measured"
     return (cell.scale.assumed_speed, "assumed") if cell.scale.assumed_speed else (math.nan, "unknown")
 
