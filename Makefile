@@ -10,7 +10,7 @@ STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum |
 HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3'
 
 .DEFAULT_GOAL := help
-.PHONY: help book notebooks test lint format serve reproduce export bench linkcheck lock clean
+.PHONY: help book notebooks test lint format serve reproduce models export bench linkcheck lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,10 @@ serve: ## Show the built book at http://localhost:8000 (PORT=...)
 
 reproduce: $(STAMP) ## Measure the cells of the shipped results again (SCALE=quick|full|photo|paper)
 	$(BIN)/robustclip reproduce $(if $(SCALE),--scale $(SCALE))
+
+models: $(STAMP) ## Train the embedded models again, two at a time; those of photographs need ROBUSTCLIP_DATA
+	OMP_NUM_THREADS=1 $(BIN)/python tools/pretrain.py tinyworld-clip tinyworld-mlm & \
+	  OMP_NUM_THREADS=1 $(BIN)/python tools/pretrain.py photo-clip photo-mlm && wait $$!
 
 export: $(STAMP) ## Write what was measured to results, from where it is shipped (SCALE=quick|full|photo|paper)
 	$(BIN)/robustclip export $(if $(SCALE),--scale $(SCALE))

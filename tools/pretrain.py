@@ -1,79 +1,152 @@
-"""Train an embedded model from nothing and write its model card: `python tools/pretrain.py clip` (or `mlm`).
+"""Train an embedded model from nothing and write its model card: `python tools/pretrain.py tinyworld-clip`.
 
-On two CPU cores the CLIP takes about 20 minutes and the language model two. Training is deterministic on one machine;
-another machine or library version may change the last bits.
+An interrupted run goes on where it stopped when the same command is given again. Training is deterministic on one
+machine; another machine or library version may change the last bits. The models of photographs need ROBUSTCLIP_DATA.
 """
 
 import argparse
 import json
 import shutil
-import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import drawings
 import language
 import pretraining
+from drawings import Drawings
+from photographs import Photographs
 from robustclip import models
 from robustclip.attacks import PGD, UniformNoise
-from robustclip.data.roles import role, tinyworld_samples
-from robustclip.study import scale, wilson
-from robustclip.training import Pictures, TeCoA, train
+from robustclip.data.sources import Samples, load_samples
+from robustclip.study import Scale, scale, wilson
+from robustclip.training import Pictures, Recipe, Standard, TeCoA, train
 
-ASSETS = Path(__file__).parents[1] / "src" / "robustclip" / "assets"
-STEPS = {"clip": 5000, "mlm": 2000}
-TRAIN = {
-    "clip": lambda folder, steps: pretraining.train_clip(folder, drawings.Drawings(folder), steps),
-    "mlm": language.train_tinyworld_mlm,
-}
-ROLES = ("cifar10", "cifar100", "tinyimagenet", "imagenet", "stl10", "caltech101", "imagenet-sketch", "imagenet-a")
+ROOT = Path(__file__).parents[1]
+ASSETS, RUNS = ROOT / "src" / "robustclip" / "assets", ROOT / "runs" / "pretraining"
+SOURCES = ("cifar10", "cifar100", "tinyimagenet")
+ZERO_SHOT = "caltech101"  # the trial's model has not seen its pictures
 
-CLIP_CARD = """# tinyworld-clip
+CLIP_CARD = """# {name}
 
-A small CLIP trained from scratch on Tinyworld, the world that `robustclip` draws by code. It exists to make the
-experiments of the book run in seconds on a laptop; it knows nothing about photographs.
+A small CLIP trained from scratch on {seen}. {purpose}
 
-- Image tower: open_clip's modified residual network, {image_parameters:,} parameters, pictures resized to 48 px.
-- Text tower: two transformer layers, {text_parameters:,} parameters, {words} word pieces, {context} tokens.
-- Data: {images:,} pictures with one caption each, every picture drawn once; no held-out color-shape pair occurs.
+- Image tower: open_clip's modified residual network, {image_parameters:,} parameters, pictures resized to {size} px.
+- Text tower: two transformer layers, {text_parameters:,} parameters, {words:,} word pieces, {context} tokens.
+- Data: {data}
 - Objective: CLIP's symmetric loss; a caption that fits several pictures of the batch spreads its target over them.
-- Optimiser: AdamW, peak learning rate 2e-3, {steps:,} batches of 256, bfloat16 autocast, {seconds:,} s on {device}.
-- Command: `python tools/pretrain.py clip`. Weights digest: `{digest}`.
-- Load: `open_clip.create_model_and_transforms("local-dir:...")` or `robustclip.models.load("tinyworld-clip")`.
+- Optimiser: AdamW, peak learning rate 2e-3, {steps:,} steps, {images:,} pictures in all, bfloat16 autocast,
+  {seconds:,} s on {device}.
+- Command: `python tools/pretrain.py {name}`. Weights digest: `{digest}`.
+- Load: `open_clip.create_model_and_transforms("local-dir:...")` or `robustclip.models.load("{name}")`.
 
-Zero-shot accuracy in percent on 1,000 test pictures a role, 95 % Wilson intervals; attacked at eps = {eps:g}/255 by one
-run of PGD-20 on the undefended model. Retraining on the same machine repeats the run; elsewhere the last bits may
-differ, and the intervals say what to expect.
+Zero-shot accuracy in percent on 1,000 test pictures a role (all where there are fewer), 95 % Wilson intervals; attacked
+at eps = {eps:g}/255 by one run of PGD-20 on the undefended model. Retraining on the same machine repeats the run;
+elsewhere the last bits may differ, and the intervals say what to expect.
 
-| role | classes | clean | uniform noise | PGD-20 |
-|---|---|---|---|---|
+| role | classes | pictures | clean | uniform noise | PGD-20 |
+|---|---|---|---|---|---|
 {rows}
 
-Can it be made robust? A trial of adversarial fine-tuning (image tower only, {trial_steps} updates of {trial_batch}
-pictures, PGD-{trial_attack} at eps = {eps:g}/255), on the same test pictures:
+Can it learn more, and be made robust? Trials of fine-tuning on the training pictures that it has not seen: FT-standard
+on each role by itself; TeCoA on `tinyimagenet` (image tower only, PGD-2 at eps = {eps:g}/255), judged there and
+zero-shot on other roles; {updates:,} updates of {batch_size} pictures each, same test pictures.
 
 | role | model | clean | PGD-20 |
 |---|---|---|---|
 {trial}
 
-Limits: single objects on ten backgrounds, 24 shapes, 12 colors, 6 textures, English of about 300 words. Not robust to
-adversarial perturbations, on purpose: it is the undefended model. License: MIT, as the project.
+Limits: {limits} Not robust to adversarial perturbations, on purpose: it is the undefended model. {terms}
 """
 
-MLM_CARD = """# tinyworld-mlm
+MLM_CARD = """# {name}
 
-A small BERT masked language model over the captions of Tinyworld. Text attacks use it to propose words.
+A small BERT masked language model over {seen}. Text attacks use it to propose words.
 
-- Architecture: BERT, {layers} layers of width {width}, {parameters:,} parameters; the vocabulary of tinyworld-clip.
-- Data: {sentences:,} captions; 15 % of the words hidden as in BERT.
+- Architecture: BERT, {layers} layers of width {width}, {parameters:,} parameters; the vocabulary of {clip}.
+- Data: {sentences:,} sentences; 15 % of the words hidden as in BERT.
 - Optimiser: AdamW, peak learning rate 2e-3, {steps:,} batches of 256, {seconds:,} s on {device}.
-- Command: `python tools/pretrain.py mlm`.
+- Command: `python tools/pretrain.py {name}`.
 - Load: `AutoModelForMaskedLM.from_pretrained(folder)`.
 
 Held-out sentences, every word hidden in turn ({trials:,} words): the hidden word is the first guess in {top1} and among
-the first ten guesses in {top10} (percent, 95 % Wilson intervals). License: MIT, as the project.
+the first ten guesses in {top10} (percent, 95 % Wilson intervals). {terms}
 """
+
+MIT = "License: MIT, as the project."
+RESEARCH = (
+    "Terms: for research. The weights are the project's, but the photographs belong to others, and several of their "
+    "sets allow non-commercial research only; the appendix of the book lists the terms of each."
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """How an embedded model is made, and what its card says that cannot be measured."""
+
+    train: Callable[[Path, int], dict]
+    steps: int
+    scale: str
+    facts: dict[str, str]
+    language: language.Language | None = None
+
+    def card(self, name: str, folder: Path, run: dict) -> str:
+        """The model card, every number measured on the model in `folder`."""
+        if self.language:
+            return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.language))
+        return CLIP_CARD.format(name=name, **self.facts, **run, **clip_facts(folder, scale(self.scale)))
+
+
+MODELS = {
+    "tinyworld-clip": Model(
+        lambda folder, steps: pretraining.train_clip(folder, Drawings(folder), steps),
+        5000,
+        "full",
+        {
+            "seen": "Tinyworld, the world that `robustclip` draws by code",
+            "purpose": "It makes the experiments of the book run in seconds on a laptop, and knows no photographs.",
+            "data": "every picture drawn once, of any strength of nuisances; no held-out color-shape pair occurs.",
+            "limits": "drawings of a few objects, English of about 500 words.",
+            "terms": MIT,
+        },
+    ),
+    "photo-clip": Model(
+        lambda folder, steps: pretraining.train_clip(folder, Photographs(folder), steps),
+        8000,
+        "photo",
+        {
+            "seen": "photographs of fifteen public data sets",
+            "purpose": "It lets the book measure on real photographs what a laptop can measure.",
+            "data": "the pre-training part of each set, again and again in random crops, with captions made of class "
+            "names, synonyms, more general words and definitions.",
+            "limits": "small pictures of about 700 classes; everything it knows comes from a few ten thousand "
+            "photographs and from words about their classes.",
+            "terms": RESEARCH,
+        },
+    ),
+    "tinyworld-mlm": Model(
+        language.train_tinyworld_mlm,
+        2000,
+        "full",
+        {"seen": "the captions of Tinyworld", "clip": "tinyworld-clip", "terms": MIT},
+        language.TINYWORLD,
+    ),
+    "photo-mlm": Model(
+        language.train_photo_mlm,
+        4000,
+        "photo",
+        {
+            "seen": "captions of photographs, class names in prompts, and what WordNet says about them",
+            "clip": "photo-clip",
+            "terms": RESEARCH,
+        },
+        language.PHOTO,
+    ),
+}
+
+
+# --- what the cards say -----------------------------------------------------------------------------------------------
 
 
 def interval(correct: int, n: int) -> str:
@@ -81,89 +154,102 @@ def interval(correct: int, n: int) -> str:
     return "{:.1f} [{:.1f}, {:.1f}]".format(*wilson(correct, n))
 
 
-def measured(clip: models.Clip, name: str, attacks: tuple) -> list[str]:
-    """Accuracy on 1,000 test pictures of a role after each attack."""
-    classifier = models.zero_shot(clip, role(name))
-    pixels, labels, _, _ = tinyworld_samples(name, "test", 1000)
-    images, cells = pixels.float() / 255, []
+def measured(clip: models.Clip, samples: Samples, attacks: tuple) -> Iterator[str]:
+    """Accuracy on test pictures after each attack."""
+    classifier = models.ZeroShotClassifier(clip, samples.classes)
     for attack in attacks:
-        with torch.no_grad():
-            right = (classifier(attack(classifier, images, labels)).argmax(1) == labels).sum().item()
-        cells.append(interval(right, len(labels)))
-    return cells
+        right = 0
+        for images, labels in zip(samples.images.split(250), samples.labels.split(250), strict=True):
+            with torch.no_grad():
+                right += (classifier(attack(classifier, images, labels)).argmax(1) == labels).sum().item()
+        yield interval(right, len(samples))
 
 
-def clip_rows(clip: models.Clip, eps: float) -> str:
-    """One line per role of the card's table."""
-    attacks = (UniformNoise(eps=0), UniformNoise(eps=eps), PGD(eps=eps, steps=20))
-    rows = ([name, str(len(role(name).classes)), *measured(clip, name, attacks)] for name in ROLES)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def trial_rows(clip: models.Clip, recipe: TeCoA) -> str:
-    """Two lines per role of the trial: the undefended model, then the tuned one."""
-    rows, attacks = [], (UniformNoise(eps=0), PGD(eps=recipe.eps, steps=20))
-    for name in ("cifar10", "cifar100"):
-        tuned = train(recipe, clip, Pictures.of(name, n=8000)).clip
-        rows += [
-            [name, title, *measured(model, name, attacks)] for title, model in (("undefended", clip), ("tuned", tuned))
-        ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def card(kind: str, folder: Path, run: dict, eps: float) -> str:
-    """The model card, every number measured on the model in `folder`."""
-    if kind == "mlm":
-        from transformers import AutoModelForMaskedLM
-
-        model = AutoModelForMaskedLM.from_pretrained(folder)
-        top = {best: language.mlm_accuracy(folder, language.TINYWORLD, best=best) for best in (1, 10)}
-        return MLM_CARD.format(
-            layers=model.config.num_hidden_layers,
-            width=model.config.hidden_size,
-            parameters=model.num_parameters(),
-            trials=top[1][1],
-            top1=interval(*top[1]),
-            top10=interval(*top[10]),
-            **run,
-        )
-    clip = models.load(str(folder), device="cpu")
+def clip_facts(folder: Path, chosen: Scale) -> dict:
+    """Sizes, accuracies and trials."""
+    clip, eps = models.load(str(folder), device="cpu"), chosen.reference_eps
     network = clip.network
-    recipe = TeCoA(eps=eps)
     image_parameters = sum(weight.numel() for weight in network.visual.parameters())
-    return CLIP_CARD.format(
-        image_parameters=image_parameters,
-        text_parameters=sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
-        words=network.vocab_size,
-        context=drawings.CONTEXT,
-        digest=clip.digest,
-        eps=eps * 255,
-        rows=clip_rows(clip, eps),
-        trial=trial_rows(clip, recipe),
-        trial_steps=recipe.optimisation.updates,
-        trial_batch=recipe.optimisation.batch_size,
-        trial_attack=recipe.attack.steps,
-        **run,
-    )
+    attacks = (UniformNoise(eps=0), UniformNoise(eps=eps), PGD(eps=eps, steps=20))
+    rows, tests = [], {}
+    for name in chosen.roles:
+        tests[name] = samples = load_samples(name, chosen.source, "test", 1000)
+        if samples.captions is None:
+            shown = [name, f"{len(samples.classes):,}", f"{len(samples):,}", *measured(clip, samples, attacks)]
+            rows.append(f"| {' | '.join(shown)} |")
+    recipe = TeCoA.of(eps=eps, attack_steps=2, updates=1500)
+    return {
+        "image_parameters": image_parameters,
+        "text_parameters": sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
+        "words": network.vocab_size,
+        "context": network.context_length,
+        "size": clip.image_size[0],
+        "digest": clip.digest,
+        "eps": eps * 255,
+        "rows": "\n".join(rows),
+        "trial": "\n".join(trials(clip, chosen, tests, recipe)),
+        "updates": recipe.optimisation.updates,
+        "batch_size": recipe.optimisation.batch_size,
+    }
+
+
+def trials(clip: models.Clip, chosen: Scale, tests: dict[str, Samples], recipe: Recipe) -> Iterator[str]:
+    """One line per role and model: as it is, fine-tuned on clean pictures of that role, made robust on one role."""
+    attacks = (UniformNoise(eps=0), PGD(eps=recipe.eps, steps=20))
+    pictures = 20_000 if chosen.source == "tinyworld" else None  # all that there are
+    standard = Standard.of(eps=0.0, updates=recipe.optimisation.updates, rate=1e-3)
+    robust = train(recipe, clip, Pictures.of("tinyimagenet", chosen.source, pictures)).clip
+    for name in (*SOURCES, ZERO_SHOT):
+        compared = {"undefended": clip, "TeCoA on tinyimagenet": robust}
+        if name in SOURCES:
+            compared["FT-standard"] = train(standard, clip, Pictures.of(name, chosen.source, pictures)).clip
+        for title, model in compared.items():
+            yield f"| {' | '.join([name, title, *measured(model, tests[name], attacks)])} |"
+
+
+def mlm_facts(folder: Path, spoken: language.Language) -> dict:
+    """Sizes and how well it guesses."""
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    top = {best: language.mlm_accuracy(folder, spoken, best=best) for best in (1, 10)}
+    return {
+        "layers": model.config.num_hidden_layers,
+        "width": model.config.hidden_size,
+        "parameters": model.num_parameters(),
+        "trials": top[1][1],
+        "top1": interval(*top[1]),
+        "top10": interval(*top[10]),
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def make(name: str, out: Path, steps: int | None = None) -> None:
+    """Train into a folder of its own, going on where an interrupted run stopped, then replace the embedded model."""
+    work = RUNS / name
+    work.mkdir(parents=True, exist_ok=True)
+    run = MODELS[name].train(work, steps or MODELS[name].steps)
+    (work / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    shutil.copytree(work, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    shutil.rmtree(work)
 
 
 def main() -> None:
-    """Train into a temporary folder and replace the embedded model, then measure it and write its card."""
+    """Train the models that are named, then measure each and write its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=STEPS)
-    parser.add_argument("--out", type=Path, help="folder to write (default: the embedded model)")
-    parser.add_argument("--steps", type=int, help="batches of 256 (default: those of the embedded model)")
+    parser.add_argument("models", nargs="+", choices=MODELS, metavar="MODEL", help=" or ".join(MODELS))
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the models (default: the package's own)")
+    parser.add_argument("--steps", type=int, help="steps of training (default: those of the embedded model)")
     parser.add_argument("--card", action="store_true", help="only measure the model that is there and rewrite its card")
     arguments = parser.parse_args()
-    out = arguments.out or ASSETS / f"tinyworld-{arguments.model}"
-    if not arguments.card:
-        with tempfile.TemporaryDirectory() as scratch:
-            steps = arguments.steps or STEPS[arguments.model]
-            run = TRAIN[arguments.model](Path(scratch), steps)
-            (Path(scratch) / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-            shutil.copytree(scratch, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    run = json.loads((out / "training.json").read_text(encoding="utf-8"))
-    (out / "README.md").write_text(card(arguments.model, out, run, scale("full").reference_eps), encoding="utf-8")
+    for name in arguments.models:
+        folder = arguments.out / name
+        if not arguments.card:
+            make(name, folder, arguments.steps)
+        run = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        (folder / "README.md").write_text(MODELS[name].card(name, folder, run), encoding="utf-8")
 
 
 if __name__ == "__main__":

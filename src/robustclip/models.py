@@ -350,8 +350,8 @@ def _load_folder(folder: Path, name: str) -> Clip:
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
             raise FileNotFoundError(
-                f"no CLIP called {name!r}: {str(folder / needed)!r} does not exist. Give {' or '.join(EMBEDDED)}, a folder "
-                "in open_clip's format, 'ViT-B-32/openai' or another open_clip pair, or 'hf-hub:organisation/model'"
+                f"no CLIP called {name!r}: {str(folder / needed)!r} does not exist. Give {' or '.join(EMBEDDED)}, "
+                "a folder in open_clip's format, 'ViT-B-32/openai' or another pair of open_clip's, or 'hf-hub:...'"
             )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
