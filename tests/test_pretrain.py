@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 import drawings
 import pretraining
-from drawings import fits
-from pretraining import contrastive_loss, learning_rate
+from drawings import Drawings, fits
+from pretraining import contrastive_loss, learning_rate, train_clip
 from robustclip import models
 from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, is_held_out
+from robustclip.training import checkpoint
 
 models._torchvision.prepare()
 from open_clip.loss import ClipLoss  # noqa: E402  torchvision has to be prepared first
@@ -50,6 +51,22 @@ def test_loss_spreads_targets_over_all_that_fit():
             rights = [normaliser - value for value, target in zip(row, targets, strict=True) if target]
             total += sum(rights) / len(rights) / 3 / 2
     assert contrastive_loss(images, texts, torch.tensor(scale), fit).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_what_nothing_fits_does_not_count():
+    images, texts, scale = unit_rows(4, 1), unit_rows(3, 2), torch.tensor(5.0)
+    fit = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]])
+    rows = F.cross_entropy(scale * images[:2] @ texts.T, torch.tensor([0, 1]))
+    columns = F.cross_entropy((scale * images @ texts.T).T[:2], torch.tensor([0, 1]))
+    expected = ((rows + columns) / 2).item()
+    assert contrastive_loss(images, texts, scale, fit).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothing_is_that_of_torch():
+    images, texts, scale = unit_rows(3, 1), unit_rows(3, 2), torch.tensor(5.0)
+    logits, rows = scale * images @ texts.T, torch.arange(3)
+    expected = (F.cross_entropy(logits, rows, label_smoothing=0.1) + F.cross_entropy(logits.T, rows)) / 2
+    assert contrastive_loss(images, texts, scale, torch.eye(3), 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_loss_treats_equal_captions_alike():
@@ -105,16 +122,15 @@ def test_training_styles_follow_their_shares():
         assert measured == pytest.approx(share, abs=4 * (share / len(style)) ** 0.5)
 
 
-def test_stream_of_batches(tmp_path):
-    tokenizer = drawings.write_tokenizer(tmp_path)
-    stream = pretraining.Stream(5, tokenizer)
-    images, tokens, pictures, said = stream[3]
-    assert len(stream) == 5
-    assert images.shape == (tinyworld.BATCH, 3, tinyworld.SIZE, tinyworld.SIZE)
-    assert tokens.shape == (tinyworld.BATCH, drawings.CONTEXT)
-    assert pictures.shape == said.shape == (tinyworld.BATCH, 10)
-    assert all(torch.equal(*pair) for pair in zip(stream[3], (images, tokens, pictures, said), strict=True))
-    assert not torch.equal(stream[4][0], images)
+def test_stream_of_steps(tmp_path):
+    stream = Drawings(tmp_path)
+    step = stream[3]
+    assert step.images.shape == (tinyworld.BATCH, 3, tinyworld.SIZE, tinyworld.SIZE)
+    assert step.tokens.shape == (tinyworld.BATCH // 2, drawings.CONTEXT)
+    assert step.fits.shape == (tinyworld.BATCH, tinyworld.BATCH // 2)
+    assert (step.fits.diagonal() == 1).all(), "a caption fits the picture it was said about"
+    assert all(torch.equal(*pair) for pair in zip(stream[3], step, strict=True))
+    assert not torch.equal(stream[4].images, step.images)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
@@ -132,7 +148,7 @@ def test_learning_rate_rises_then_falls_to_zero(steps):
     assert rates[100 + (steps - 100) // 2] == pytest.approx(0.5, abs=2 / (steps - 100))
 
 
-# --- two steps --------------------------------------------------------------------------------------------------------
+# --- a few steps ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -141,9 +157,26 @@ def small(monkeypatch):
     monkeypatch.setattr(tinyworld, "BATCH", 16)
 
 
+def trained(folder, steps, kind=Drawings, **settings):
+    """The facts of a short run."""
+    return train_clip(folder, kind(folder), steps, workers=0, **settings)
+
+
+def killed_at(last):
+    """A stream whose process dies before it shows a step."""
+
+    class Killed(Drawings):
+        def __getitem__(self, step):
+            if step == last:
+                raise KeyboardInterrupt
+            return super().__getitem__(step)
+
+    return Killed
+
+
 def test_clip_trains_and_loads(small, tmp_path, capsys):
     before = torch.get_rng_state()
-    run = pretraining.train_clip(tmp_path / "one", steps=2, workers=0, report_every=1)
+    run = trained(tmp_path / "one", 2, report_every=1)
     assert torch.equal(torch.get_rng_state(), before), "the global random state is restored"
     assert (run["steps"], run["images"]) == (2, 32)
     assert capsys.readouterr().out.count("loss") == 2
@@ -155,20 +188,40 @@ def test_clip_trains_and_loads(small, tmp_path, capsys):
     features = clip.encode_images(torch.rand(2, 3, 32, 32))
     assert features.shape == (2, pretraining.CLIP_CONFIG["model_cfg"]["embed_dim"])
 
-    pretraining.train_clip(tmp_path / "two", steps=2, workers=0)
+    trained(tmp_path / "two", 2)
     assert models.load(tmp_path / "two", device="cpu").digest == clip.digest, "same seed, same weights"
-    pretraining.train_clip(tmp_path / "three", steps=1, workers=0)
+    trained(tmp_path / "three", 1)
     assert models.load(tmp_path / "three", device="cpu").digest != clip.digest, "a step changes the weights"
-    assert pretraining.CLIP_CONFIG["model_cfg"]["text_cfg"]["vocab_size"] == 0, "the template is left alone"
+    assert "vocab_size" not in pretraining.CLIP_CONFIG["model_cfg"]["text_cfg"], "the template is left alone"
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(small, tmp_path, capsys):
+    trained(tmp_path / "whole", 3, report_every=1)
+    whole = capsys.readouterr().out.splitlines()
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", 3, killed_at(2), report_every=1)
+    assert (tmp_path / "cut" / checkpoint.CHECKPOINT).exists()
+    trained(tmp_path / "cut", 3, report_every=1)
+    said = [line.rpartition("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [line.rpartition("  ")[0] for line in whole], "each step is done once, with the same loss"
+    digests = [models.load(tmp_path / name, device="cpu").digest for name in ("whole", "cut")]
+    assert digests[0] == digests[1]
+    assert not (tmp_path / "cut" / checkpoint.CHECKPOINT).exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(small, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, 2, killed_at(1), report_every=1)
+    with pytest.raises(ValueError, match=r"another run \(steps differ\)"):
+        trained(tmp_path, 5)
 
 
 def test_clip_learns(small, tmp_path, capsys, monkeypatch):
     """Thirty steps without warm-up on the same sixteen pictures bring the loss down."""
     monkeypatch.setattr(pretraining, "learning_rate", lambda step, steps: 1.0)
-    monkeypatch.setattr(
-        pretraining.Stream, "__getitem__", lambda self, batch, honest=pretraining.Stream.__getitem__: honest(self, 0)
-    )
-    pretraining.train_clip(tmp_path, steps=30, workers=0, report_every=1)
+    honest = Drawings.__getitem__
+    monkeypatch.setattr(Drawings, "__getitem__", lambda self, step: honest(self, 0))
+    trained(tmp_path, 30, report_every=1)
     losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -177,6 +230,6 @@ def test_the_schedule_is_followed(small, tmp_path, monkeypatch):
     """A learning rate of zero after the first step leaves the weights where that step put them."""
     monkeypatch.setattr(pretraining, "learning_rate", lambda step, steps: float(step == 0))
     for steps in (1, 3):
-        pretraining.train_clip(tmp_path / str(steps), steps, workers=0)
+        trained(tmp_path / str(steps), steps)
     one, three = (load_file(tmp_path / steps / models.WEIGHTS)["text_projection"] for steps in ("1", "3"))
     assert torch.equal(one, three)
