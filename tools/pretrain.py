@@ -89,12 +89,12 @@ class Model:
     steps: int
     scale: str
     facts: dict[str, str]
-    language: language.Language | None = None
+    spoken: language.Language | None = None
 
     def card(self, name: str, folder: Path, run: dict) -> str:
         """The model card, every number measured on the model in `folder`."""
-        if self.language:
-            return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.language))
+        if self.spoken:
+            return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.spoken))
         return CLIP_CARD.format(name=name, **self.facts, **run, **clip_facts(folder, scale(self.scale)))
 
 
