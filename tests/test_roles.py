@@ -70,10 +70,11 @@ def test_roles_are_constant():
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_class_names_say_the_wish(name):
-    """A name holds the canonical word of every attribute that is wished, and of no other."""
+    """A name holds the canonical word of every attribute that is wished, and of no other; a sketch shows no place."""
     entry = role(name)
+    silent = -1 if name == "imagenet-sketch" else None
     for class_name, wish in zip(entry.classes, entry.wishes, strict=True):
-        for attribute, value in zip(roles.ATTRIBUTES, wish, strict=True):
+        for attribute, value in tuple(zip(roles.ATTRIBUTES, wish, strict=True))[:silent]:
             said = [v for v, names in enumerate(roles.words(attribute)) if re.search(rf"\b{names[0]}\b", class_name)]
             assert said == ([value] if value >= 0 else []), class_name
 
@@ -92,7 +93,9 @@ def test_transfer_classes_are_new_combinations():
 @pytest.mark.parametrize("name", GROUPS["shift"])
 def test_shifted_roles_share_the_classes_of_imagenet(name):
     entry, source = role(name), role("imagenet")
-    assert entry.classes.names == source.classes[: len(entry.classes)]
+    assert entry.wishes == source.wishes[: len(entry.classes)]
+    if name != "imagenet-sketch":  # which hides the place
+        assert entry.classes.names == source.classes[: len(entry.classes)]
     assert (entry.style, entry.size, entry.strength) != (source.style, source.size, source.strength)
 
 
