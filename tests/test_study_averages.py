@@ -52,3 +52,21 @@ def test_seeds_are_averaged_and_widen_the_interval(tmp_path):
     assert row["accuracy"] == pytest.approx(frame[frame["attack"] == "noise"]["accuracy"].mean())
     assert row["seed"] == 0
     assert set(averages(frame, SETS, tmp_path).columns) == {*frame.columns, "interval"}
+
+
+def test_a_set_with_fewer_images_counts_with_all_it_has(tmp_path):
+    """Digits have 1,000 test images; a role of which only some were measured does not pass for a small one."""
+    roles = {"avg2": ["cifar10", "digits"]}
+    frame = measured(tmp_path, 1100, roles["avg2"])
+    found = averages(frame, roles, tmp_path)
+    assert set(frame["n"]) == {1000, 1100}
+    assert found["n"].tolist() == [1100, 1100]
+    clean = frame[frame["attack"] == "clean"]
+    assert found.iloc[0]["accuracy"] == pytest.approx(clean["accuracy"].mean())
+    part = measured(tmp_path, 40, ["digits"])
+    lacking = pd.concat([frame[frame["role"] == "cifar10"], part], ignore_index=True)
+    assert averages(lacking, roles, tmp_path).empty
+    assert averages(pd.concat([lacking, measured(tmp_path, 40, ["cifar10"])]), roles, tmp_path)["n"].tolist() == [
+        40,
+        40,
+    ]
