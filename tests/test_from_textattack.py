@@ -96,7 +96,7 @@ def test_the_same_swaps_under_other_settings_and_with_capitals(clip, settings):
 
 
 def test_differences_to_textattack_are_words_with_punctuation(clip):
-    prompts = role("food101").prompts  # "A photo of a plain gray cup, a type of food."
+    prompts = [*role("food101").prompts[:4], *(f"A photo of a cup, {color}." for color in ("red", "blue", "green"))]
     ours, theirs = BertAttack()(clip, prompts), ReferenceBertAttack()(clip, prompts)
     differing = [row for row, prompt in enumerate(prompts) if ours[row] != theirs[row]]
     assert 0 < len(differing) < len(prompts)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertTokenizerFast
+from transformers import BertTokenizer, BertTokenizerFast
 
 from robustclip import models
 from robustclip.attacks import language, text
@@ -241,7 +241,7 @@ def naive(clip, model, sentence, offset, end_token, objective="kl", words=1, k=1
         if len(places) != 1:
             rows = [tokenizer.convert_ids_to_tokens(tokens[place])[:4] for place in places]
             several = itertools.islice(itertools.product(*rows[:12]), 24)
-            fills = [tokenizer.convert_tokens_to_string(list(row)) for row in several]
+            fills = [BertTokenizer.convert_tokens_to_string(tokenizer, row) for row in several]  # signs stay apart
         else:
             fills = [tokenizer.decode(token) for token, logit in zip(tokens[places[0]], logits[places[0]], strict=True)
                      if logit >= threshold]  # fmt: skip

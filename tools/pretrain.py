@@ -134,7 +134,7 @@ MODELS = {
     ),
     "photo-mlm": Model(
         language.train_photo_mlm,
-        4000,
+        1800,
         "photo",
         {
             "seen": "captions of photographs, class names in prompts, and what WordNet says about them",
