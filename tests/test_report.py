@@ -770,6 +770,11 @@ def test_attack_strip_shows_the_change_around_gray():
     bold = report.attack_strip(clean, adversarial, magnify=100)
     assert bold.axes[0].get_title() == "clean"
     assert np.asarray(bold.axes[1].get_images()[0].get_array()).max() == 1
+    secret = report.attack_strip(clean, adversarial, hidden=True)
+    kept, between, attacked = (np.asarray(axis.get_images()[0].get_array()) for axis in secret.axes[:3])
+    assert (kept == 0.5).all()
+    assert (attacked == 0.5).all()
+    np.testing.assert_allclose(between, change)
     with pytest.raises(ValueError, match="give them one"):
         report.attack_strip(clean, adversarial[:1])
 

@@ -72,6 +72,7 @@ def test_the_world_of_photographs_says_what_it_lacks(tmp_path):
     assert {*photo.roles, *photo.missing} == set(role_names())
     assert not set(photo.roles) & set(photo.missing)
     assert photo.role_names("source") == ("cifar10", "cifar100", "tinyimagenet")
+    assert [photo.hides("cifar10"), photo.hides("caltech101"), scale("quick").hides("cifar10")] == [True, False, False]
     assert photo.role_names("transfer")[0] == "imagenet"  # which has no training part there
     assert paper.role_names("source") == role_names("source")
     assert (photo.role_names(), paper.missing) == (photo.roles, {})

@@ -229,18 +229,23 @@ def image_grid(images: Tensor, titles: Sequence[str] = (), columns: int = 6, siz
 
 
 def attack_strip(
-    clean: Tensor, adversarial: Tensor, titles: Sequence[tuple[str, str]] = (), magnify: float | None = None
+    clean: Tensor,
+    adversarial: Tensor,
+    titles: Sequence[tuple[str, str]] = (),
+    magnify: float | None = None,
+    hidden: bool = False,
 ) -> Figure:
     """Show clean | perturbation x `magnify` (gray = 0) | adversarial, one image a row.
 
     `titles` says what the model sees in the clean and in the adversarial image of each row. Without `magnify`, the
-    largest whole factor that clips nothing is taken.
+    largest whole factor that clips nothing is taken. Of `hidden` images, which may not be shown, only the change is.
     """
     if check_images(clean).shape != check_images(adversarial).shape:
         raise ValueError(f"adversarial has shape {tuple(adversarial.shape)}, clean {tuple(clean.shape)}; give them one")
     change = (adversarial - clean).detach()
     factor = magnify or max(1, int(0.5001 / change.abs().max().clamp(min=1e-3).item()))
-    strip = torch.stack([clean, (0.5 + factor * change).clamp(0, 1), adversarial], dim=1).flatten(0, 1)
+    left, right = [torch.full_like(clean, 0.5)] * 2 if hidden else (clean, adversarial)
+    strip = torch.stack([left, (0.5 + factor * change).clamp(0, 1), right], dim=1).flatten(0, 1)
     heads = []
     for before, after in titles or [("", "")] * len(clean):
         heads += [f"clean: {before}", f"change × {factor:g} (gray = 0)", f"adversarial: {after}"]

@@ -102,6 +102,10 @@ class Scale:
         entry = role(name)
         return entry.photo.get("group", entry.group) if self.world == "photo" else entry.group
 
+    def hides(self, name: str) -> bool:
+        """Whether the terms of the role's images forbid pages to show them."""
+        return self.world != "tinyworld" and not role(name).photo.get("show", False)
+
     @property
     def missing(self) -> dict[str, str]:
         """The roles that no set plays in this world, and why."""
