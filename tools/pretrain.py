@@ -19,6 +19,7 @@ from drawings import Drawings
 from photographs import Photographs
 from robustclip import models
 from robustclip.attacks import PGD, UniformNoise
+from robustclip.attacks.fast import Fast
 from robustclip.data.sources import Samples, load_samples
 from robustclip.study import Scale, scale, wilson
 from robustclip.training import Pictures, Recipe, Standard, TeCoA, train
@@ -50,8 +51,8 @@ elsewhere the last bits may differ, and the intervals say what to expect.
 {rows}
 
 Can it learn more, and be made robust? Trials of fine-tuning on the training pictures that it has not seen: FT-standard
-on each role by itself; TeCoA on `tinyimagenet` (image tower only, PGD-2 at eps = {eps:g}/255), judged there and
-zero-shot on other roles; {updates:,} updates of {batch_size} pictures each, same test pictures.
+on each role by itself ({standard:,} updates); TeCoA on `tinyimagenet` (image tower only, PGD-2 at eps = {eps:g}/255,
+{updates:,} updates), judged there and zero-shot on other roles; {batch_size} pictures an update, same test pictures.
 
 | role | model | clean | PGD-20 |
 |---|---|---|---|
@@ -165,19 +166,19 @@ def measured(clip: models.Clip, samples: Samples, attacks: tuple) -> Iterator[st
         yield interval(right, len(samples))
 
 
+def pgd_20(eps: float) -> Fast:
+    """PGD-20 with gradients in bfloat16, judged in float32."""
+    return Fast(attack=PGD(eps=eps, steps=20), precision="bfloat16")
+
+
 def clip_facts(folder: Path, chosen: Scale) -> dict:
     """Sizes, accuracies and trials."""
     clip, eps = models.load(str(folder), device="cpu"), chosen.reference_eps
     network = clip.network
     image_parameters = sum(weight.numel() for weight in network.visual.parameters())
-    attacks = (UniformNoise(eps=0), UniformNoise(eps=eps), PGD(eps=eps, steps=20))
-    rows, tests = [], {}
-    for name in chosen.roles:
-        tests[name] = samples = load_samples(name, chosen.source, "test", 1000)
-        if samples.captions is None:
-            shown = [name, f"{len(samples.classes):,}", f"{len(samples):,}", *measured(clip, samples, attacks)]
-            rows.append(f"| {' | '.join(shown)} |")
-    recipe = TeCoA.of(eps=eps, attack_steps=2, updates=1500)
+    tests = {name: load_samples(name, chosen.source, "test", 1000) for name in chosen.roles}
+    standard = Standard.of(eps=0.0, updates=600, rate=1e-3)
+    robust = TeCoA.of(eps=eps, updates=1500, attack_steps=2, precision="bfloat16")
     return {
         "image_parameters": image_parameters,
         "text_parameters": sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
@@ -186,23 +187,34 @@ def clip_facts(folder: Path, chosen: Scale) -> dict:
         "size": clip.image_size[0],
         "digest": clip.digest,
         "eps": eps * 255,
-        "rows": "\n".join(rows),
-        "trial": "\n".join(trials(clip, chosen, tests, recipe)),
-        "updates": recipe.optimisation.updates,
-        "batch_size": recipe.optimisation.batch_size,
+        "rows": "\n".join(zero_shot_rows(clip, eps, tests)),
+        "trial": "\n".join(trial_rows(clip, chosen.source, tests, standard, robust)),
+        "standard": standard.optimisation.updates,
+        "updates": robust.optimisation.updates,
+        "batch_size": robust.optimisation.batch_size,
     }
 
 
-def trials(clip: models.Clip, chosen: Scale, tests: dict[str, Samples], recipe: Recipe) -> Iterator[str]:
-    """One line per role and model: as it is, fine-tuned on clean pictures of that role, made robust on one role."""
-    attacks = (UniformNoise(eps=0), PGD(eps=recipe.eps, steps=20))
-    pictures = 20_000 if chosen.source == "tinyworld" else None  # all that there are
-    standard = Standard.of(eps=0.0, updates=recipe.optimisation.updates, rate=1e-3)
-    robust = train(recipe, clip, Pictures.of("tinyimagenet", chosen.source, pictures)).clip
+def zero_shot_rows(clip: models.Clip, eps: float, tests: dict[str, Samples]) -> Iterator[str]:
+    """One line per role with classes."""
+    attacks = (UniformNoise(eps=0), UniformNoise(eps=eps), pgd_20(eps))
+    for name, samples in tests.items():
+        if samples.captions is None:
+            sizes = [name, f"{len(samples.classes):,}", f"{len(samples):,}"]
+            yield f"| {' | '.join([*sizes, *measured(clip, samples, attacks)])} |"
+
+
+def trial_rows(
+    clip: models.Clip, source: str, tests: dict[str, Samples], standard: Recipe, robust: Recipe
+) -> Iterator[str]:
+    """One line per role and model: as it is, made robust on one role, fine-tuned on clean pictures of that role."""
+    attacks = (UniformNoise(eps=0), pgd_20(robust.eps))
+    pictures = 20_000 if source == "tinyworld" else None  # all that there are
+    tuned = train(robust, clip, Pictures.of("tinyimagenet", source, pictures)).clip
     for name in (*SOURCES, ZERO_SHOT):
-        compared = {"undefended": clip, "TeCoA on tinyimagenet": robust}
+        compared = {"undefended": clip, "TeCoA on tinyimagenet": tuned}
         if name in SOURCES:
-            compared["FT-standard"] = train(standard, clip, Pictures.of(name, chosen.source, pictures)).clip
+            compared["FT-standard"] = train(standard, clip, Pictures.of(name, source, pictures)).clip
         for title, model in compared.items():
             yield f"| {' | '.join([name, title, *measured(model, tests[name], attacks)])} |"
 
