@@ -159,7 +159,8 @@ def small(monkeypatch):
 
 def trained(folder, steps, kind=Drawings, **settings):
     """The facts of a short run."""
-    return train_clip(folder, kind(folder), steps, workers=0, **settings)
+    stages = ((steps, 2e-3),) if isinstance(steps, int) else steps
+    return train_clip(folder, kind(folder), stages, workers=0, **settings)
 
 
 def killed_at(last):
@@ -212,7 +213,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(small, tmp_path, capsys):
 def test_a_checkpoint_of_another_run_is_refused(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, 2, killed_at(1), report_every=1)
-    with pytest.raises(ValueError, match=r"another run \(steps differ\)"):
+    with pytest.raises(ValueError, match=r"another run \(stages differ\)"):
         trained(tmp_path, 5)
 
 
@@ -233,3 +234,22 @@ def test_the_schedule_is_followed(small, tmp_path, monkeypatch):
         trained(tmp_path / str(steps), steps)
     one, three = (load_file(tmp_path / steps / models.WEIGHTS)["text_projection"] for steps in ("1", "3"))
     assert torch.equal(one, three)
+
+
+def test_stages_follow_each_other():
+    stages = ((3, 0.1), (2, 0.2))
+    assert [pretraining.stage_of(step, stages) for step in range(5)] == [
+        (0, 3, 0.1), (1, 3, 0.1), (2, 3, 0.1), (0, 2, 0.2), (1, 2, 0.2)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="end 0 steps earlier"):
+        pretraining.stage_of(5, stages)
+
+
+def test_a_stage_begins_with_an_optimizer_of_its_own(small, tmp_path):
+    """The first step of Adam moves a weight by its learning rate; moments of an earlier stage would change that."""
+    stages = ((2, 1e-3), (1, 1e-2))
+    trained(tmp_path / "both", stages)
+    trained(tmp_path / "first", ((2, 1e-3),))
+    first, both = (load_file(tmp_path / name / models.WEIGHTS)["logit_scale"] for name in ("first", "both"))
+    decayed = first * (1 - 1e-4 * 0.05)  # the warm-up begins at a hundredth of the peak
+    assert (both - decayed).abs().item() == pytest.approx(1e-4, rel=1e-2)

@@ -11,6 +11,7 @@ from robustclip.data.grammar import Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, training_scenes, training_strengths
 
 CONTEXT = 32  # tokens per caption
+STAGES = ((5000, 2e-3),)  # steps and peak learning rate
 
 
 def write_tokenizer(folder: Path):

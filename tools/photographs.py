@@ -22,6 +22,8 @@ from robustclip.data.tinyworld import generator, randint, uniform
 
 CONTEXT = 32  # tokens per caption
 STORED = 64  # pixels per side of what larger pictures are cut from
+STAGES = ((8000, 2e-3), (4000, 1e-3))  # steps and peak learning rate; the second in calmer crops
+SMALLEST, CALMER = 0.65, 0.8  # side of the smallest crop
 CLASSES, EACH = 128, 2  # classes of a step, with one caption each, and pictures of each class
 # How often a set's classes come up, in percent.
 SHARES = {
@@ -117,10 +119,10 @@ class Captioner:
         return random.choice(OWN_TEMPLATES.get(of, TEMPLATES))
 
 
-def augmented(images: Tensor, random: torch.Generator) -> Tensor:
-    """(n, 3, SIZE, SIZE) uint8: random crops of 0.65 to 1.1 of a picture's side, mirrored, stretched, lit."""
+def augmented(images: Tensor, random: torch.Generator, smallest: float = SMALLEST) -> Tensor:
+    """(n, 3, SIZE, SIZE) uint8: random crops from `smallest` to 1.1 of a picture's side, mirrored, stretched, lit."""
     n = len(images)
-    zoom = uniform(random, 0.65, 1.1, (n, 1)) * uniform(random, 0.92, 1.08, (n, 2))
+    zoom = uniform(random, smallest, 1.1, (n, 1)) * uniform(random, 0.92, 1.08, (n, 2))
     centre = uniform(random, -1, 1, (n, 2)) * (1 - zoom).abs().clamp(min=0.08)
     mirrored = 1 - 2 * randint(random, 2, (n,))
     turn = torch.zeros(n, 2, 3)
@@ -161,14 +163,17 @@ class Photographs(torch.utils.data.Dataset):
         said = [self.captioner.caption(number, random_words) for number in chosen]
         shown = [number for number in chosen for _ in range(EACH)]
         fits = torch.stack([true for _, true in said], 1)[shown].float()
-        images = self._images(shown, random_words, random_numbers)
+        smallest = SMALLEST if step < STAGES[0][0] else CALMER
+        images = self._images(shown, random_words, random_numbers, smallest)
         return Step(images, tokenize(self.tokenizer, [text for text, _ in said], CONTEXT), fits)
 
-    def _images(self, shown: list[int], random_rows: random.Random, random_numbers: torch.Generator) -> Tensor:
+    def _images(
+        self, shown: list[int], random_rows: random.Random, random_numbers: torch.Generator, smallest: float
+    ) -> Tensor:
         """A random picture of each class, pictures of one size cut together."""
         found = [self.albums[self.homes[number]].images[random_rows.choice(self.rows[number])] for number in shown]
         images = torch.empty(len(shown), 3, SIZE, SIZE, dtype=torch.uint8)
         for side in sorted({picture.shape[-1] for picture in found}):
             places = [place for place, picture in enumerate(found) if picture.shape[-1] == side]
-            images[places] = augmented(torch.stack([found[place] for place in places]), random_numbers)
+            images[places] = augmented(torch.stack([found[place] for place in places]), random_numbers, smallest)
         return images

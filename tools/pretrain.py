@@ -10,10 +10,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import drawings
 import language
+import photographs
 import pretraining
 from drawings import Drawings
 from photographs import Photographs
@@ -37,8 +40,8 @@ A small CLIP trained from scratch on {seen}. {purpose}
 - Text tower: two transformer layers, {text_parameters:,} parameters, {words:,} word pieces, {context} tokens.
 - Data: {data}
 - Objective: CLIP's symmetric loss; a caption that fits several pictures of the batch spreads its target over them.
-- Optimiser: AdamW, peak learning rate 2e-3, {steps:,} steps, {images:,} pictures in all, bfloat16 autocast,
-  {seconds:,} s on {device}.
+- Optimiser: AdamW, {stages}, {images:,} pictures in all, bfloat16 autocast, {seconds:,} s on
+  {device}.
 - Command: `python tools/pretrain.py {name}`. Weights digest: `{digest}`.
 - Load: `open_clip.create_model_and_transforms("local-dir:...")` or `robustclip.models.load("{name}")`.
 
@@ -86,8 +89,8 @@ RESEARCH = (
 class Model:
     """How an embedded model is made, and what its card says that cannot be measured."""
 
-    train: Callable[[Path, int], dict]
-    steps: int
+    train: Callable[[Path, Any], dict]
+    length: int | pretraining.Stages  # steps of training
     scale: str
     facts: dict[str, str]
     spoken: language.Language | None = None
@@ -96,13 +99,15 @@ class Model:
         """The model card, every number measured on the model in `folder`."""
         if self.spoken:
             return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.spoken))
-        return CLIP_CARD.format(name=name, **self.facts, **run, **clip_facts(folder, scale(self.scale)))
+        stages = ", then ".join(f"{steps:,} steps up to a learning rate of {peak:g}" for steps, peak in self.length)
+        measured = clip_facts(folder, scale(self.scale))
+        return CLIP_CARD.format(name=name, stages=stages, **self.facts, **run, **measured)
 
 
 MODELS = {
     "tinyworld-clip": Model(
-        lambda folder, steps: pretraining.train_clip(folder, Drawings(folder), steps),
-        5000,
+        lambda folder, stages: pretraining.train_clip(folder, Drawings(folder), stages),
+        drawings.STAGES,
         "full",
         {
             "seen": "Tinyworld, the world that `robustclip` draws by code",
@@ -113,8 +118,8 @@ MODELS = {
         },
     ),
     "photo-clip": Model(
-        lambda folder, steps: pretraining.train_clip(folder, Photographs(folder), steps),
-        8000,
+        lambda folder, stages: pretraining.train_clip(folder, Photographs(folder), stages),
+        photographs.STAGES,
         "photo",
         {
             "seen": "photographs of fifteen public data sets",
@@ -242,7 +247,10 @@ def make(name: str, out: Path, steps: int | None = None) -> None:
     """Train into a folder of its own, going on where an interrupted run stopped, then replace the embedded model."""
     work = RUNS / name
     work.mkdir(parents=True, exist_ok=True)
-    run = MODELS[name].train(work, steps or MODELS[name].steps)
+    length = MODELS[name].length
+    if steps:
+        length = steps if isinstance(length, int) else ((steps, length[0][1]),)
+    run = MODELS[name].train(work, length)
     (work / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(work, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     shutil.rmtree(work)

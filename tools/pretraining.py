@@ -130,18 +130,35 @@ class _From(torch.utils.data.Sampler):
         return len(self.left)
 
 
+Stages = tuple[tuple[int, float], ...]  # steps and peak learning rate of each
+
+
+def stage_of(step: int, stages: Stages) -> tuple[int, int, float]:
+    """Where a step stands in its stage: its number there, how many steps that has, and the peak learning rate."""
+    for steps, peak in stages:
+        if step < steps:
+            return step, steps, peak
+        step -= steps
+    raise ValueError(f"the stages end {step} steps earlier")
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+
+
 @torch.random.fork_rng(devices=())
-def train_clip(
-    folder: Path, stream: Stream, steps: int, workers: int = 1, peak: float = 2e-3, report_every: int = 100
-) -> dict:
-    """Train a CLIP for `steps` steps of the stream, or go on with an interrupted run, and save it into `folder`."""
+def train_clip(folder: Path, stream: Stream, stages: Stages, workers: int = 1, report_every: int = 100) -> dict:
+    """Train a CLIP on the steps of the stream, or go on with an interrupted run, and save it into `folder`.
+
+    Every stage has an optimizer of its own, whose learning rate rises once and falls to zero.
+    """
     torch.manual_seed(0)
     _write_config(folder, stream.text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_clip(folder).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer, steps = _optimizer(model), sum(length for length, _ in stages)
     weights, path, done = [*model.parameters(), *model.buffers()], folder / checkpoint.CHECKPOINT, {"step": 0}
-    facts = {"steps": steps, "peak": peak, "stream": stream.name}
+    facts = {"stages": [list(stage) for stage in stages], "stream": stream.name}
     if path.exists():
         done = checkpoint.restore(path, weights, optimizer, facts)
     loader = torch.utils.data.DataLoader(
@@ -149,8 +166,10 @@ def train_clip(
     )
     start, images = time.time() - done.get("seconds", 0), 0
     for step, batch in enumerate(loader, done["step"]):
+        place, length, peak = stage_of(step, stages)
+        optimizer = optimizer if place else _optimizer(model)
         for group in optimizer.param_groups:
-            group["lr"] = peak * learning_rate(step, steps)
+            group["lr"] = peak * learning_rate(place, length)
         loss = _update(model, optimizer, Step(*(part.to(device) for part in batch)), stream.smoothing)
         images = (step + 1) * len(batch[0])
         if step % report_every == report_every - 1:
