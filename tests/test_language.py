@@ -1,5 +1,6 @@
 """Training masked language models: what they read, what is hidden, and folders that transformers loads."""
 
+import random
 import re
 from itertools import chain
 
@@ -35,10 +36,8 @@ def test_held_out_sentences_are_new():
 def test_all_names_of_a_thing_are_heard_alike():
     """Of the words for one value none is much more frequent than another."""
     said = re.findall(r"\w+", " ".join(chain.from_iterable(map(TINYWORLD.sentences, range(40)))))
-    for color in (*grammar.words("color")[0], *grammar.rare_words("color")[0]):
-        assert said.count(color) > 0.04 * sum(
-            map(said.count, (*grammar.words("color")[0], *grammar.rare_words("color")[0]))
-        )
+    red = [said.count(word) for word in (*grammar.words("color")[0], *grammar.rare_words("color")[0])]
+    assert min(red) > max(red) / 3
 
 
 def test_photographs_are_told_of_in_captions_prompts_and_definitions(monkeypatch):
@@ -55,12 +54,13 @@ def test_photographs_are_told_of_in_captions_prompts_and_definitions(monkeypatch
     assert set(language.photo_sentences(-1)) == {"caption True"}
 
 
-def test_masking_is_that_of_bert():
-    generator = torch.Generator().manual_seed(0)
+def test_hidden_words_are_masked_kept_or_exchanged():
+    generator, synonyms = torch.Generator().manual_seed(0), torch.arange(WORDS)[:, None].repeat(1, 2)
+    synonyms[300:] = torch.tensor([300, 301])
     tokens = torch.randint(5, WORDS, (400, 100), generator=generator)
     tokens[:, :4], tokens[:, 90:] = torch.tensor([2, 3, 1, 4]), 0
     before = tokens.clone()
-    hidden, labels = mask_tokens(tokens, MASK, WORDS, generator)
+    hidden, labels = mask_tokens(tokens, MASK, synonyms, generator)
     assert torch.equal(tokens, before), "the input is left alone"
     special = tokens < 5
     assert torch.equal(hidden[special], tokens[special]), "special tokens are never masked"
@@ -69,11 +69,38 @@ def test_masking_is_that_of_bert():
     assert torch.equal(labels[chosen], tokens[chosen])
     assert torch.equal(hidden[~chosen], tokens[~chosen])
     assert chosen.sum() / (~special).sum() == pytest.approx(0.15, abs=0.01)
-    assert (hidden[chosen] == MASK).float().mean() == pytest.approx(0.8, abs=0.02)
-    assert (hidden[chosen] == tokens[chosen]).float().mean() == pytest.approx(0.1, abs=0.02)
-    replaced = hidden[chosen & (hidden != MASK) & (hidden != tokens)]
+    assert (hidden[chosen] == MASK).float().mean() == pytest.approx(0.5, abs=0.02)
+    alone, several = chosen & (tokens < 300), chosen & (tokens > 301)
+    assert (hidden[alone] == tokens[alone]).float().mean() == pytest.approx(0.4, abs=0.03)
+    assert (hidden[several] == tokens[several]).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert ((hidden[several] == 300) | (hidden[several] == 301)).float().mean() == pytest.approx(0.15, abs=0.03)
+    replaced = hidden[alone & (hidden != MASK) & (hidden != tokens)]
     assert 5 <= replaced.min() <= replaced.max() < WORDS
     assert replaced.unique().numel() > 100
+
+
+def test_the_table_of_synonyms_holds_single_tokens_and_else_the_word_itself(tmp_path):
+    tokenizer = TINYWORLD.write_tokenizer(tmp_path)
+    said = {"red": ("crimson", "blood red", "ruby"), "blue": ("deep water",)}
+    table = language.synonym_table(tokenizer, lambda word: said.get(word, ()), width=3)
+    known = tokenizer.get_vocab()
+    words = tokenizer.convert_ids_to_tokens
+    assert words(table[known["red"]].tolist()) == ["crimson", "ruby", "crimson"]
+    assert words(table[known["blue"]].tolist()) == ["blue"] * 3
+    assert table.shape == (WORDS, 3)
+    others = torch.arange(WORDS)[torch.arange(WORDS) != known["red"]]
+    assert torch.equal(table[others], others[:, None].repeat(1, 3))
+
+
+def test_general_words_stand_for_a_quarter_of_patterns_colors_and_places():
+    choose = random.Random(0)
+    texts = [language.vague(choose, "a striped red star in the snow") for _ in range(400)]
+    columns = [[text.split(" ")[place] for text in texts] for place in range(7)]
+    for place, general in ((1, "texture"), (2, "color"), (6, "background")):
+        kept = sum(word in ("striped", "red", "snow") for word in columns[place])
+        assert 270 < kept < 330
+        assert set(columns[place]) == {*language.GENERAL[general], ("", "striped", "red", "", "", "", "snow")[place]}
+    assert all(len(set(columns[place])) == 1 for place in (0, 3, 4, 5))
 
 
 @pytest.mark.parametrize("count", [1, 3, 50])

@@ -5,8 +5,9 @@ An interrupted run goes on from its last checkpoint and ends with the same weigh
 
 import random
 import time
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 import drawings
 import english
 from pretraining import learning_rate
-from robustclip.data import lexicon, tinyworld
+from robustclip.data import grammar, lexicon, tinyworld
 from robustclip.data.grammar import Speaker
 from robustclip.data.tinyworld import training_scenes
 from robustclip.training import checkpoint
@@ -28,6 +29,9 @@ LONGEST = 64  # tokens of a sentence that the models can read
 SPECIAL = 5  # tokens that are no words come first
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # hardly any sentence comes twice
 
+ADJECTIVES = ("small", "large", "tiny", "big", "bright", "old", "new", "clean")
+GENERAL = {"texture": ADJECTIVES, "color": ADJECTIVES, "background": ("picture", "scene", "view", "place", "image")}
+
 
 class Language(NamedTuple):
     """What a language model is made for."""
@@ -36,14 +40,29 @@ class Language(NamedTuple):
     sizes: dict  # of the network
     write_tokenizer: Callable
     sentences: Callable[[int], list[str]]  # of one step, or, for negative ones, held out
+    synonyms: Callable[[str], Sequence[str]]
 
 
 # --- what the models read ---------------------------------------------------------------------------------------------
 
 
 def tinyworld_sentences(step: int) -> list[str]:
-    """Captions of scenes in which all names of a thing are equally frequent."""
-    return Speaker(f"language/{step}", synonyms=0.6, rare=0.4).captions(training_scenes(step))[0]
+    """Captions of scenes in which no name of a thing is rare; some words in them are general ones."""
+    choose, speaker = random.Random(f"language/{step}"), Speaker(f"language/{step}", synonyms=0.6, rare=0.4)
+    return [vague(choose, caption) for caption in speaker.captions(training_scenes(step))[0]]
+
+
+def vague(choose: random.Random, text: str) -> str:
+    """The text with a quarter of its patterns, colors and places in general words: "a small red star in the scene"."""
+    known = ((word, general().get(word)) for word in text.split(" "))
+    return " ".join(choose.choice(others) if others and choose.random() < 0.25 else word for word, others in known)
+
+
+@cache
+def general() -> dict[str, tuple[str, ...]]:
+    """The general words that may stand for a word of Tinyworld."""
+    tables = {name: zip(grammar.words(name), grammar.rare_words(name), strict=True) for name in GENERAL}
+    return {word: GENERAL[name] for name, table in tables.items() for names in table for word in chain(*names)}
 
 
 def photo_sentences(step: int) -> list[str]:
@@ -74,26 +93,44 @@ TINYWORLD = Language(
     {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, **NO_DROPOUT},
     drawings.write_tokenizer,
     tinyworld_sentences,
+    grammar.synonyms,
 )
 PHOTO = Language(
     "photo-mlm",
     {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512, **NO_DROPOUT},
     english.write_photo_tokenizer,
     photo_sentences,
+    lexicon.synonyms,
 )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def mask_tokens(tokens: Tensor, mask: int, words: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Hide 15 % of the words as BERT does: 80 % become [MASK], 10 % a random word, 10 % stay; others get label -100."""
+def mask_tokens(tokens: Tensor, mask: int, synonyms: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Hide 15 % of the words: 50 % become [MASK], 25 % stay, 15 % turn into a synonym, 10 % into any word.
+
+    Labels of the others are -100. BERT hides 80 % under [MASK]; but attacks read texts unmasked, and there the model is
+    to say the word or a synonym.
+    `synonyms` (words, k) are token ids, the word's own where it has none.
+    """
     chosen = (torch.rand(tokens.shape, generator=random) < 0.15) & (tokens >= SPECIAL)
-    labels = torch.where(chosen, tokens, -100)
-    fate = torch.rand(tokens.shape, generator=random)
-    hidden = torch.where(chosen & (fate < 0.8), mask, tokens)
-    other = torch.randint(SPECIAL, words, tokens.shape, generator=random)
+    labels, fate = torch.where(chosen, tokens, -100), torch.rand(tokens.shape, generator=random)
+    alike = synonyms[tokens, torch.randint(synonyms.shape[1], tokens.shape, generator=random)]
+    other = torch.randint(SPECIAL, len(synonyms), tokens.shape, generator=random)
+    hidden = torch.where(chosen & (fate < 0.5), mask, tokens)
+    hidden = torch.where(chosen & (fate >= 0.75), alike, hidden)
     return torch.where(chosen & (fate >= 0.9), other, hidden), labels
+
+
+def synonym_table(tokenizer, synonyms: Callable[[str], Sequence[str]], width: int = 8) -> Tensor:
+    """(words, width) token ids: in turn the synonyms of each token that are one token, too, or the token itself."""
+    known = tokenizer.get_vocab()
+    rows = {
+        number: [known[other] for other in synonyms(word) if other in known] or [number]
+        for word, number in known.items()
+    }
+    return torch.tensor([list(islice(cycle(rows[number]), width)) for number in range(len(rows))])
 
 
 def tokenize(tokenizer, texts: list[str], groups: int = 4) -> list[Tensor]:
@@ -116,7 +153,7 @@ def train_mlm(folder: Path, language: Language, steps: int, peak: float = 2e-3, 
 
     torch.manual_seed(0)
     tokenizer = language.write_tokenizer(folder)
-    words, mask = len(tokenizer), tokenizer.mask_token_id
+    words, mask, synonyms = len(tokenizer), tokenizer.mask_token_id, synonym_table(tokenizer, language.synonyms)
     model = BertForMaskedLM(BertConfig(vocab_size=words, max_position_embeddings=LONGEST, **language.sizes)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
     weights, path, done = [*model.parameters()], folder / checkpoint.CHECKPOINT, {"step": 0, "seconds": 0}
@@ -128,7 +165,7 @@ def train_mlm(folder: Path, language: Language, steps: int, peak: float = 2e-3, 
         for group in optimizer.param_groups:
             group["lr"] = peak * learning_rate(step, steps)
         random, groups = tinyworld.generator("language", step), tokenize(tokenizer, language.sentences(step))
-        pairs = [mask_tokens(tokens, mask, words, random) for tokens in groups]
+        pairs = [mask_tokens(tokens, mask, synonyms, random) for tokens in groups]
         logits = torch.cat([logits_at(model, hidden, labels >= 0) for hidden, labels in pairs])
         loss = F.cross_entropy(logits, torch.cat([labels[labels >= 0] for _, labels in pairs]))
         optimizer.zero_grad(set_to_none=True)
