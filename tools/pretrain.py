@@ -133,7 +133,7 @@ MODELS = {
     ),
     "tinyworld-mlm": Model(
         language.train_tinyworld_mlm,
-        2000,
+        1500,
         "full",
         {"seen": "the captions of Tinyworld", "clip": "tinyworld-clip", "terms": MIT},
         language.TINYWORLD,
