@@ -84,9 +84,9 @@ def only(name, *arguments, **options):
 @pytest.fixture(scope="module")
 def templates():
     """The healthy classifier of most tests, and 24 images that it gets right."""
-    images, labels, _, _ = tinyworld_samples("cifar10", "train", 640)
+    images, labels, _, _ = tinyworld_samples("stl10", "train", 640)
     classifier = Templates(images.float() / 255, labels).eval()
-    images, labels, _, _ = tinyworld_samples("cifar10", "test", 400)
+    images, labels, _, _ = tinyworld_samples("stl10", "test", 400)
     images = images.float() / 255
     right = predicted(classifier, images) == labels
     return classifier, images[right][:24], labels[right][:24]

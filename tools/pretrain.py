@@ -182,8 +182,8 @@ def clip_facts(folder: Path, chosen: Scale) -> dict:
     network = clip.network
     image_parameters = sum(weight.numel() for weight in network.visual.parameters())
     tests = {name: load_samples(name, chosen.source, "test", 1000) for name in chosen.roles}
-    standard = Standard.of(eps=0.0, updates=600, rate=1e-3)
-    robust = TeCoA.of(eps=eps, updates=1500, attack_steps=2, precision="bfloat16")
+    standard = Standard.of(eps=0.0, updates=400, rate=1e-3)
+    robust = TeCoA.of(eps=eps, updates=800, attack_steps=2, precision="bfloat16")
     return {
         "image_parameters": image_parameters,
         "text_parameters": sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
