@@ -156,7 +156,7 @@ def test_prompts_are_read_anew_after_a_change(clip):
 
 
 @pytest.mark.parametrize(
-    ("add", "name", "wrong", "high"), [(add_context, "vectors", 23, 22), (add_frame, "width", 25, 24)]
+    ("add", "name", "wrong", "high"), [(add_context, "vectors", 31, 30), (add_frame, "width", 25, 24)]
 )
 def test_sizes_that_do_not_fit_are_named(clip, add, name, wrong, high):
     for value in (0, wrong, 1.5):

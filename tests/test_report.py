@@ -68,7 +68,15 @@ def result(model="clip", dataset="CIFAR10", attack="PGD-20", correct=100, n=200,
     row = {"scale": "quick", "model": model, "role": dataset.lower(), "dataset": dataset, "source": "tinyworld"}
     row |= {"attack": attack, "played_by": played, "attacker": "none" if clean else "blind", "defense": "none"}
     row |= {"task": "classify", "metric": "accuracy", "eps": 0.0 if clean else 4 / 255, "n": n, "seed": 0}
-    row |= {"accuracy": accuracy, "low": low, "high": high, "distinct": np.nan, "seconds": 1.5, "forward": 2400}
+    row |= {
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "distinct": np.nan,
+        "prompts": np.nan,
+        "seconds": 1.5,
+        "forward": 2400,
+    }
     row |= {"backward": 2000, "stale": False, "origin": "measured", "flags": "" if clean else "not audited"}
     row |= {"checkpoint": "a", "data": "b", "device": "cpu", "date": "2025-01-01", "commit": "d", "key": "e"}
     return row | changes
@@ -329,7 +337,7 @@ def test_comparison_has_a_column_for_each_number(attacked):
 def test_comparison_takes_the_same_cells_on_the_most_images(attacked):
     run, full = attacked
     printed = reported("mmcoa", "I").query("dataset == 'CIFAR10' and method == 'CLIP'")
-    of_other_scale = {"photo": full.assign(scale="photo", eps=full["eps"] / 6)}  # its usual budget is 1/255
+    of_other_scale = {"photo": full.assign(scale="photo", eps=full["eps"] / 3)}  # its usual budget is 2/255
     for references in ({"full": full}, of_other_scale):
         table = report.comparison(printed, run, references, methods={"clip": "CLIP"})
         assert [row[4].sort for row in table.rows if row[4].text != "due"] == [3.0, 33.0, 91.0]

@@ -213,7 +213,7 @@ def test_a_template_replaces_the_prompts(tmp_path):
     options = {"attacks": {"clean": None}, "roles": ["dtd"], "n": 5}
     plain = evaluate(cells({"fake": Listening()}, **options), tmp_path)
     other = evaluate(cells({"fake": Listening()}, template="a drawing of {}", **options), tmp_path)
-    assert asked[0].startswith("This is a photo of")
+    assert asked[0].startswith("A surface with a")
     assert asked[-1].startswith("a drawing of")
     assert plain["key"][0] != other["key"][0]
 
