@@ -152,8 +152,16 @@ def reference(scale: str, tuned: Iterable[Any] | None = None) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=COLUMNS)
     if tuned is None or frame.empty:
         return frame
-    known = {model.digest for model in tuned}
+    known = set(map(_digest_if_known, tuned))
     return frame[frame["checkpoint"].isin(known) | ~frame["model"].str.contains("/")]
+
+
+def _digest_if_known(model: Any) -> str | None:
+    """What names a model; None where its pictures are not at hand and nothing measured on it is shipped."""
+    try:
+        return model.digest
+    except FileNotFoundError:
+        return None
 
 
 def is_stale(record: dict, code: Mapping[str, str] | None = None) -> bool:
