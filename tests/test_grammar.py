@@ -184,7 +184,7 @@ def assert_whole_words(tokenizer, texts):
         tokens = tokenizer.tokenize(text)
         assert "[UNK]" not in tokens, text
         assert not [token for token in tokens if token.startswith("##")], (text, tokens)
-        assert len(tokens) + 2 <= drawings.CONTEXT, f"{len(tokens) + 2} tokens: {text}"
+        assert len(tokens) + 2 <= pretraining.CONTEXT, f"{len(tokens) + 2} tokens: {text}"
 
 
 def test_vocabulary():
@@ -226,8 +226,8 @@ def test_role_prompts_are_made_of_whole_words(tokenizer, name):
 
 def test_tokens_survive_the_round_trip(tokenizer):
     text = "this is a photo of a striped red star."
-    tokens = pretraining.tokenize(tokenizer, [text], drawings.CONTEXT)
-    assert tokens.shape == (1, drawings.CONTEXT)
+    tokens = pretraining.tokenize(tokenizer, [text])
+    assert tokens.shape == (1, pretraining.CONTEXT)
     assert tokenizer.decode(tokens[0], skip_special_tokens=True).replace(" .", ".") == text
     assert (tokens[0][tokens[0] < 5] != SPECIAL_TOKENS.index("[UNK]")).all()
     assert grammar.vocabulary()[tokens[0, 1]] == "this"

@@ -8,6 +8,7 @@ import torch
 
 import photographs
 from photographs import SAYS, SHARES, SIZE, Album, Captioner, Photographs, augmented, fingerprints
+from pretraining import CONTEXT
 from robustclip.data import lexicon
 from robustclip.data.roles import role
 
@@ -103,13 +104,13 @@ def tokenizer(folder):
     from pretraining import write_vocabulary
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "ship", "car", "a", "photo", "of"]
-    return write_vocabulary(folder, words, photographs.CONTEXT)
+    return write_vocabulary(folder, words)
 
 
 def test_a_step_pairs_pictures_with_what_is_true_of_them(stream):
     images, tokens, fits = stream[0]
     assert images.shape == (photographs.CLASSES * photographs.EACH, 3, SIZE, SIZE)
-    assert tokens.shape == (photographs.CLASSES, photographs.CONTEXT)
+    assert tokens.shape == (photographs.CLASSES, CONTEXT)
     assert fits.shape == (len(images), len(tokens))
     own = torch.arange(len(images)) // photographs.EACH
     assert (fits[torch.arange(len(images)), own] == 1).all(), "each picture's own caption fits it"

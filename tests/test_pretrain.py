@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import drawings
 import pretraining
 from drawings import Drawings, fits
 from pretraining import contrastive_loss, learning_rate, train_clip
@@ -126,7 +125,7 @@ def test_stream_of_steps(tmp_path):
     stream = Drawings(tmp_path)
     step = stream[3]
     assert step.images.shape == (tinyworld.BATCH, 3, tinyworld.SIZE, tinyworld.SIZE)
-    assert step.tokens.shape == (tinyworld.BATCH // 2, drawings.CONTEXT)
+    assert step.tokens.shape == (tinyworld.BATCH // 2, pretraining.CONTEXT)
     assert step.fits.shape == (tinyworld.BATCH, tinyworld.BATCH // 2)
     assert (step.fits.diagonal() == 1).all(), "a caption fits the picture it was said about"
     assert all(torch.equal(*pair) for pair in zip(stream[3], step, strict=True))
@@ -185,7 +184,7 @@ def test_clip_trains_and_loads(small, tmp_path, capsys):
     clip = models.load(tmp_path / "one", device="cpu")
     assert clip.image_size == (48, 48)
     assert clip.network.vocab_size == WORDS
-    assert clip.tokenizer(["a red star"]).shape == (1, drawings.CONTEXT)
+    assert clip.tokenizer(["a red star"]).shape == (1, pretraining.CONTEXT)
     features = clip.encode_images(torch.rand(2, 3, 32, 32))
     assert features.shape == (2, pretraining.CLIP_CONFIG["model_cfg"]["embed_dim"])
 

@@ -5,18 +5,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretraining import Step, tokenize, write_vocabulary
+from pretraining import Step, text_tower, tokenize, write_vocabulary
 from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, training_scenes, training_strengths
 
-CONTEXT = 32  # tokens per caption
 STAGES = ((5000, 2e-3),)  # steps and peak learning rate
 
 
 def write_tokenizer(folder: Path):
     """Save the word-piece tokenizer of Tinyworld in transformers' format and return it."""
-    return write_vocabulary(folder, vocabulary(), CONTEXT)
+    return write_vocabulary(folder, vocabulary())
 
 
 def fits(pictures: Tensor, said: Tensor) -> Tensor:
@@ -32,15 +31,10 @@ class Drawings(torch.utils.data.Dataset):
     def __init__(self, folder: Path) -> None:
         self.tokenizer = write_tokenizer(folder)
         self.name = f"tinyworld, {tinyworld.BATCH} pictures a step"
-        self.text = {
-            "context_length": CONTEXT,
-            "vocab_size": len(self.tokenizer),
-            "hf_tokenizer_name": "tinyworld",
-            "width": 64,
-        }
+        self.text, self.pictures = text_tower("tinyworld", self.tokenizer, width=64), tinyworld.BATCH
 
     def __getitem__(self, step: int) -> Step:
         scenes = training_scenes(step)
         texts, said = Speaker(step).captions(scenes[: len(scenes) // 2])
         images = tinyworld.draw(scenes, f"pretrain/{step}", strength=training_strengths(step))
-        return Step(images, tokenize(self.tokenizer, texts, CONTEXT), fits(scenes.meaning(), said))
+        return Step(images, tokenize(self.tokenizer, texts), fits(scenes.meaning(), said))

@@ -20,7 +20,6 @@ from robustclip.data.loaders import class_names
 _torchvision.prepare()
 from open_clip import OPENAI_IMAGENET_TEMPLATES  # noqa: E402  torchvision has to be prepared first
 
-CONTEXT = 32  # tokens per text
 PIECES = 4500  # that are learned; the words of class names come on top
 REPEATED = 5  # how often what WordNet says counts, beside many more captions
 
@@ -80,4 +79,4 @@ def photo_vocabulary() -> list[str]:
 
 def write_photo_tokenizer(folder: Path):
     """Save the tokenizer that photo-clip and photo-mlm share and return it."""
-    return write_vocabulary(folder, photo_vocabulary(), CONTEXT)
+    return write_vocabulary(folder, photo_vocabulary())

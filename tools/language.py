@@ -28,6 +28,7 @@ BATCH = 256  # sentences of one step
 LONGEST = 64  # tokens of a sentence that the models can read
 SPECIAL = 5  # tokens that are no words come first
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # hardly any sentence comes twice
+SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4, **NO_DROPOUT}  # of both models
 
 ADJECTIVES = ("small", "large", "tiny", "big", "bright", "old", "new", "clean")
 GENERAL = {"texture": ADJECTIVES, "color": ADJECTIVES, "background": ("picture", "scene", "view", "place", "image")}
@@ -90,14 +91,14 @@ def description(choose: random.Random) -> str:
 
 TINYWORLD = Language(
     "tinyworld-mlm",
-    {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, **NO_DROPOUT},
+    {**SHAPE, "hidden_size": 96, "intermediate_size": 256},
     drawings.write_tokenizer,
     tinyworld_sentences,
     grammar.synonyms,
 )
 PHOTO = Language(
     "photo-mlm",
-    {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512, **NO_DROPOUT},
+    {**SHAPE, "hidden_size": 128, "intermediate_size": 512},
     english.write_photo_tokenizer,
     photo_sentences,
     lexicon.synonyms,
@@ -178,16 +179,6 @@ def train_mlm(folder: Path, language: Language, steps: int, peak: float = 2e-3, 
     model.save_pretrained(folder, safe_serialization=True)
     path.unlink(missing_ok=True)
     return {"steps": steps, "sentences": steps * BATCH, "seconds": round(time.time() - start), "device": "cpu"}
-
-
-def train_tinyworld_mlm(folder: Path, steps: int) -> dict:
-    """The language model of Tinyworld."""
-    return train_mlm(folder, TINYWORLD, steps)
-
-
-def train_photo_mlm(folder: Path, steps: int) -> dict:
-    """The language model of photographs."""
-    return train_mlm(folder, PHOTO, steps)
 
 
 @torch.no_grad()

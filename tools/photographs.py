@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from english import write_photo_tokenizer
-from pretraining import SIZE, Step, tokenize
+from pretraining import SIZE, Step, text_tower, tokenize
 from robustclip.data import lexicon, sources
 from robustclip.data.loaders import Table
 from robustclip.data.roles import role, role_names
 from robustclip.data.tinyworld import generator, randint, uniform
 
-CONTEXT = 32  # tokens per caption
 STORED = 64  # pixels per side of what larger pictures are cut from
 STAGES = ((8000, 2e-3), (4000, 1e-3))  # steps and peak learning rate; the second in calmer crops
 SMALLEST, CALMER = 0.65, 0.8  # side of the smallest crop
@@ -150,12 +149,7 @@ class Photographs(torch.utils.data.Dataset):
         self.weights = torch.tensor(weights) * torch.tensor([len(rows) > 0 for rows in self.rows])
         self.homes = [number for number, album in enumerate(self.albums) for _ in album.names]
         self.name = f"photographs, {sum(map(len, self.rows)):,} of them, {CLASSES * EACH} a step"
-        self.text = {
-            "context_length": CONTEXT,
-            "vocab_size": len(self.tokenizer),
-            "hf_tokenizer_name": "photo",
-            "width": 96,
-        }
+        self.text, self.pictures = text_tower("photo", self.tokenizer, width=96), CLASSES * EACH
 
     def __getitem__(self, step: int) -> Step:
         random_words, random_numbers = random.Random(step), generator("photographs", step)
@@ -165,7 +159,7 @@ class Photographs(torch.utils.data.Dataset):
         fits = torch.stack([true for _, true in said], 1)[shown].float()
         smallest = SMALLEST if step < STAGES[0][0] else CALMER
         images = self._images(shown, random_words, random_numbers, smallest)
-        return Step(images, tokenize(self.tokenizer, [text for text, _ in said], CONTEXT), fits)
+        return Step(images, tokenize(self.tokenizer, [text for text, _ in said]), fits)
 
     def _images(
         self, shown: list[int], random_rows: random.Random, random_numbers: torch.Generator, smallest: float

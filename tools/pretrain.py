@@ -69,7 +69,7 @@ MLM_CARD = """# {name}
 A small BERT masked language model over {seen}. Text attacks use it to propose words.
 
 - Architecture: BERT, {layers} layers of width {width}, {parameters:,} parameters; the vocabulary of {clip}.
-- Data: {sentences:,} sentences; 15 % of the words hidden as in BERT.
+- Data: {sentences:,} sentences; 15 % of the words are to be guessed, half of them masked.
 - Optimiser: AdamW, peak learning rate 2e-3, {steps:,} batches of 256, {seconds:,} s on {device}.
 - Command: `python tools/pretrain.py {name}`.
 - Load: `AutoModelForMaskedLM.from_pretrained(folder)`.
@@ -132,14 +132,14 @@ MODELS = {
         },
     ),
     "tinyworld-mlm": Model(
-        language.train_tinyworld_mlm,
+        lambda folder, steps: language.train_mlm(folder, language.TINYWORLD, steps),
         1500,
         "full",
         {"seen": "the captions of Tinyworld", "clip": "tinyworld-clip", "terms": MIT},
         language.TINYWORLD,
     ),
     "photo-mlm": Model(
-        language.train_photo_mlm,
+        lambda folder, steps: language.train_mlm(folder, language.PHOTO, steps),
         1800,
         "photo",
         {

@@ -7,7 +7,6 @@ from its last checkpoint and ends with the same weights. The folder is written i
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -20,6 +19,7 @@ from robustclip.models import CONFIG, WEIGHTS
 from robustclip.training import checkpoint
 
 SIZE = 48  # pixels per side of what the image tower sees
+CONTEXT = 32  # tokens per text
 CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
@@ -47,6 +47,7 @@ class Stream(Protocol):
     """Steps by number, the same ones in every run; its tokenizer lies in the model's folder already."""
 
     name: str  # what it shows
+    pictures: int  # of a step
     text: dict  # context_length, width, vocab_size ... of the text tower
     smoothing: float  # share of the target that goes to all captions alike
 
@@ -54,20 +55,26 @@ class Stream(Protocol):
         """The pictures and captions of one step."""
 
 
-def write_vocabulary(folder: Path, vocabulary: list[str], context: int):
+def write_vocabulary(folder: Path, vocabulary: list[str]):
     """Save a word-piece tokenizer in transformers' format and return it."""
     from transformers import BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=context)
+    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=CONTEXT)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def tokenize(tokenizer, texts: list[str], context: int) -> Tensor:
-    """(n, context) token ids."""
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=context, return_tensors="pt")["input_ids"]
+def text_tower(name: str, tokenizer, width: int) -> dict:
+    """What a configuration says about the text tower of a vocabulary."""
+    words = {"vocab_size": len(tokenizer), "hf_tokenizer_name": name}
+    return {"context_length": CONTEXT, **words, "width": width}
+
+
+def tokenize(tokenizer, texts: list[str]) -> Tensor:
+    """(n, CONTEXT) token ids."""
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, fits: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -117,19 +124,6 @@ def _save(model: nn.Module, folder: Path) -> None:
     temporary.replace(folder / WEIGHTS)
 
 
-class _From(torch.utils.data.Sampler):
-    """The numbers of the steps that are left."""
-
-    def __init__(self, first: int, steps: int) -> None:
-        self.left = range(first, steps)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.left)
-
-    def __len__(self) -> int:
-        return len(self.left)
-
-
 Stages = tuple[tuple[int, float], ...]  # steps and peak learning rate of each
 
 
@@ -162,16 +156,15 @@ def train_clip(folder: Path, stream: Stream, stages: Stages, workers: int = 1, r
     if path.exists():
         done = checkpoint.restore(path, weights, optimizer, facts)
     loader = torch.utils.data.DataLoader(
-        stream, batch_size=None, sampler=_From(done["step"], steps), num_workers=workers
+        stream, batch_size=None, sampler=range(done["step"], steps), num_workers=workers
     )
-    start, images = time.time() - done.get("seconds", 0), 0
+    start = time.time() - done.get("seconds", 0)
     for step, batch in enumerate(loader, done["step"]):
         place, length, peak = stage_of(step, stages)
         optimizer = optimizer if place else _optimizer(model)
         for group in optimizer.param_groups:
             group["lr"] = peak * learning_rate(place, length)
         loss = _update(model, optimizer, Step(*(part.to(device) for part in batch)), stream.smoothing)
-        images = (step + 1) * len(batch[0])
         if step % report_every == report_every - 1:
             seconds = round(time.time() - start)
             print(f"step {step + 1}/{steps}  loss {loss:.3f}  {seconds} s", flush=True)
@@ -179,7 +172,7 @@ def train_clip(folder: Path, stream: Stream, stages: Stages, workers: int = 1, r
             _save(model, folder)
     _save(model, folder)
     path.unlink(missing_ok=True)
-    return {"steps": steps, "images": images, "seconds": round(time.time() - start), "device": device}
+    return {"steps": steps, "images": steps * stream.pictures, "seconds": round(time.time() - start), "device": device}
 
 
 def _update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Step, smoothing: float) -> float:
