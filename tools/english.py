@@ -9,6 +9,7 @@ import os
 import re
 import string
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from pretraining import write_vocabulary
@@ -16,12 +17,18 @@ from robustclip import _torchvision
 from robustclip.data import lexicon
 from robustclip.data.grammar import SPECIAL_TOKENS
 from robustclip.data.loaders import class_names
+from robustclip.data.sources import table_of
 
 _torchvision.prepare()
 from open_clip import OPENAI_IMAGENET_TEMPLATES  # noqa: E402  torchvision has to be prepared first
 
 PIECES = 4500  # that are learned; the words of class names come on top
 REPEATED = 5  # how often what WordNet says counts, beside many more captions
+FUNCTION_WORDS = (  # words of a group may stand for each other
+    ("a", "an", "the", "one", "this", "that", "some", "any", "every", "each", "another", "my", "your", "our", "its"),
+    ("of", "with", "in", "on", "at", "by", "near", "from", "for", "to"),
+    ("is", "was", "are", "were", "has", "had"),
+)
 
 
 def data_folder() -> Path:
@@ -34,13 +41,14 @@ def data_folder() -> Path:
 
 @cache
 def captions(held_out: bool = False) -> tuple[str, ...]:
-    """Captions of photographs; those of every 50th photograph are held out."""
-    found = []
+    """Captions of photographs that no role tests on; those of every 50th photograph are held out."""
+    found, tested = [], set(chain(*table_of("coco", "parquet", "test").captions))
     for path in sorted(data_folder().glob("captions-text/*.gz")):
         lines = gzip.decompress(path.read_bytes()).decode().splitlines()
         pairs = [(key.partition("#")[0], text) for key, _, text in (line.partition("\t") for line in lines)]
+        hidden = {name for name, text in pairs if text in tested}
         apart = set(list(dict.fromkeys(name for name, _ in pairs))[::50])
-        found += [text for name, text in pairs if (name in apart) == held_out]
+        found += [text for name, text in pairs if name not in hidden and (name in apart) == held_out]
     return tuple(found)
 
 
@@ -54,6 +62,12 @@ def photo_names() -> tuple[str, ...]:
 def templates() -> tuple[str, ...]:
     """The 80 prompt templates of CLIP's authors, with {} for a name."""
     return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
+def alike(word: str) -> tuple[str, ...]:
+    """What may stand for a word: the other function words of its group, or its synonyms."""
+    group = next((group for group in FUNCTION_WORDS if word in group), ())
+    return tuple(other for other in group if other != word) or lexicon.synonyms(word)
 
 
 def photo_vocabulary() -> list[str]:

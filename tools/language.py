@@ -101,7 +101,7 @@ PHOTO = Language(
     {**SHAPE, "hidden_size": 128, "intermediate_size": 512},
     english.write_photo_tokenizer,
     photo_sentences,
-    lexicon.synonyms,
+    english.alike,
 )
 
 
