@@ -24,7 +24,10 @@ def folder(tmp_path, monkeypatch):
     with gzip.open(tmp_path / "captions-text" / "some.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(CAPTIONS) + "\n")
     (tmp_path / "coco-mini").mkdir()
-    tested = {"image": [{"bytes": b"...", "path": ""}], "captions": [[f"A dog number {TESTED} runs , again .", "said nowhere else"]]}
+    tested = {
+        "image": [{"bytes": b"...", "path": ""}],
+        "captions": [[f"A dog number {TESTED} runs , again .", "said nowhere else"]],
+    }
     pq.write_table(pa.table(tested), tmp_path / "coco-mini" / "test.parquet")
     monkeypatch.setenv("ROBUSTCLIP_DATA", str(tmp_path))
     english.captions.cache_clear()

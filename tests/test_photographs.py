@@ -108,12 +108,18 @@ def tokenizer(folder):
 
 
 def test_a_step_pairs_pictures_with_what_is_true_of_them(stream):
-    images, tokens, fits = stream[0]
+    images, tokens, fits, meant, kinds = stream[0]
     assert images.shape == (photographs.CLASSES * photographs.EACH, 3, SIZE, SIZE)
     assert tokens.shape == (photographs.CLASSES, CONTEXT)
     assert fits.shape == (len(images), len(tokens))
     own = torch.arange(len(images)) // photographs.EACH
     assert (fits[torch.arange(len(images)), own] == 1).all(), "each picture's own caption fits it"
+    assert (meant[torch.arange(len(images)), own] == 1).all(), "and is meant for it"
+    assert (meant <= fits).all()
+    assert kinds.shape == (len(images),)
+    assert stream.kinds == 4 > kinds.max()
+    assert torch.equal(kinds[:, None] == kinds[own * photographs.EACH], meant[:, own] == 1), "said about one kind"
+    assert (meant < fits).any(), "a cat of another set"
     ships = tokens.eq(stream.tokenizer.convert_tokens_to_ids("ship")).any(1)
     bright = images[:, 0].float().mean((1, 2)) > 120
     assert ships.any()

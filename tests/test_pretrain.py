@@ -61,11 +61,26 @@ def test_what_nothing_fits_does_not_count():
     assert contrastive_loss(images, texts, scale, fit).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_is_true_but_not_meant_is_no_choice_of_a_picture():
+    """The first picture is a poodle, the second a dog; "a dog" is true of both and meant for the second."""
+    images, texts, scale = unit_rows(2, 1), unit_rows(3, 2), torch.tensor(5.0)
+    fit, meant = torch.tensor([[1.0, 1, 0], [0, 1, 0]]), torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    logits = scale * images @ texts.T
+    poodle = F.cross_entropy(logits[:1, [0, 2]], torch.tensor([0]), label_smoothing=0.1)
+    dog = F.cross_entropy(logits[1:], torch.tensor([1]), label_smoothing=0.1)
+    columns = F.cross_entropy(logits.T[:2], torch.tensor([[1.0, 0], [0.5, 0.5]]))
+    expected = ((poodle + dog) / 2 + columns) / 2
+    loss = contrastive_loss(images, texts, scale, fit, meant, smoothing=0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_smoothing_is_that_of_torch():
     images, texts, scale = unit_rows(3, 1), unit_rows(3, 2), torch.tensor(5.0)
     logits, rows = scale * images @ texts.T, torch.arange(3)
     expected = (F.cross_entropy(logits, rows, label_smoothing=0.1) + F.cross_entropy(logits.T, rows)) / 2
-    assert contrastive_loss(images, texts, scale, torch.eye(3), 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert contrastive_loss(images, texts, scale, torch.eye(3), smoothing=0.1).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_loss_treats_equal_captions_alike():
@@ -158,14 +173,23 @@ def small(monkeypatch):
 
 def trained(folder, steps, kind=Drawings, **settings):
     """The facts of a short run."""
-    stages = ((steps, 2e-3),) if isinstance(steps, int) else steps
-    return train_clip(folder, kind(folder), stages, workers=0, **settings)
+    return train_clip(folder, kind(folder), steps, workers=0, **settings)
+
+
+class Kinds(Drawings):
+    """Drawings that come with the number of their kind."""
+
+    kinds = 7
+
+    def __getitem__(self, step):
+        found = super().__getitem__(step)
+        return found._replace(kinds=torch.arange(len(found.images)) % self.kinds)
 
 
 def killed_at(last):
     """A stream whose process dies before it shows a step."""
 
-    class Killed(Drawings):
+    class Killed(Kinds):
         def __getitem__(self, step):
             if step == last:
                 raise KeyboardInterrupt
@@ -196,12 +220,12 @@ def test_clip_trains_and_loads(small, tmp_path, capsys):
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(small, tmp_path, capsys):
-    trained(tmp_path / "whole", 3, report_every=1)
+    trained(tmp_path / "whole", 3, Kinds, report_every=1)
     whole = capsys.readouterr().out.splitlines()
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", 3, killed_at(2), report_every=1)
     assert (tmp_path / "cut" / checkpoint.CHECKPOINT).exists()
-    trained(tmp_path / "cut", 3, report_every=1)
+    trained(tmp_path / "cut", 3, Kinds, report_every=1)
     said = [line.rpartition("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == [line.rpartition("  ")[0] for line in whole], "each step is done once, with the same loss"
     digests = [models.load(tmp_path / name, device="cpu").digest for name in ("whole", "cut")]
@@ -212,7 +236,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(small, tmp_path, capsys):
 def test_a_checkpoint_of_another_run_is_refused(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, 2, killed_at(1), report_every=1)
-    with pytest.raises(ValueError, match=r"another run \(stages differ\)"):
+    with pytest.raises(ValueError, match=r"another run \(steps differ\)"):
         trained(tmp_path, 5)
 
 
@@ -235,20 +259,9 @@ def test_the_schedule_is_followed(small, tmp_path, monkeypatch):
     assert torch.equal(one, three)
 
 
-def test_stages_follow_each_other():
-    stages = ((3, 0.1), (2, 0.2))
-    assert [pretraining.stage_of(step, stages) for step in range(5)] == [
-        (0, 3, 0.1), (1, 3, 0.1), (2, 3, 0.1), (0, 2, 0.2), (1, 2, 0.2)
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="end 0 steps earlier"):
-        pretraining.stage_of(5, stages)
-
-
-def test_a_stage_begins_with_an_optimizer_of_its_own(small, tmp_path):
-    """The first step of Adam moves a weight by its learning rate; moments of an earlier stage would change that."""
-    stages = ((2, 1e-3), (1, 1e-2))
-    trained(tmp_path / "both", stages)
-    trained(tmp_path / "first", ((2, 1e-3),))
-    first, both = (load_file(tmp_path / name / models.WEIGHTS)["logit_scale"] for name in ("first", "both"))
-    decayed = first * (1 - 1e-4 * 0.05)  # the warm-up begins at a hundredth of the peak
-    assert (both - decayed).abs().item() == pytest.approx(1e-4, rel=1e-2)
+def test_a_classifier_beside_the_texts_changes_what_is_learned_and_is_not_saved(small, tmp_path):
+    for kind in (Drawings, Kinds):
+        trained(tmp_path / kind.__name__, 2, kind)
+    told, plain = (load_file(tmp_path / kind.__name__ / models.WEIGHTS) for kind in (Kinds, Drawings))
+    assert told.keys() == plain.keys()
+    assert not torch.equal(told["visual.conv1.weight"], plain["visual.conv1.weight"])

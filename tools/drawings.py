@@ -10,7 +10,7 @@ from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, training_scenes, training_strengths
 
-STAGES = ((5000, 2e-3),)  # steps and peak learning rate
+STEPS = 5000  # of training
 
 
 def write_tokenizer(folder: Path):
@@ -26,7 +26,7 @@ def fits(pictures: Tensor, said: Tensor) -> Tensor:
 class Drawings(torch.utils.data.Dataset):
     """Steps of 256 pictures, never of a held-out color-shape pair, and captions of the first half of them."""
 
-    smoothing = 0.0
+    smoothing, kinds = 0.0, 0
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = write_tokenizer(folder)
@@ -37,4 +37,5 @@ class Drawings(torch.utils.data.Dataset):
         scenes = training_scenes(step)
         texts, said = Speaker(step).captions(scenes[: len(scenes) // 2])
         images = tinyworld.draw(scenes, f"pretrain/{step}", strength=training_strengths(step))
-        return Step(images, tokenize(self.tokenizer, texts), fits(scenes.meaning(), said))
+        true = fits(scenes.meaning(), said)
+        return Step(images, tokenize(self.tokenizer, texts), true, true, torch.empty(0))

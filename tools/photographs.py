@@ -21,16 +21,16 @@ from robustclip.data.roles import role, role_names
 from robustclip.data.tinyworld import generator, randint, uniform
 
 STORED = 64  # pixels per side of what larger pictures are cut from
-STAGES = ((8000, 2e-3), (4000, 1e-3))  # steps and peak learning rate; the second in calmer crops
-SMALLEST, CALMER = 0.65, 0.8  # side of the smallest crop
-CLASSES, EACH = 128, 2  # classes of a step, with one caption each, and pictures of each class
+STEPS = 13_500  # of training
+SMALLEST = 0.8  # side of the smallest crop
+CLASSES, EACH = 64, 4  # classes of a step, with one caption each, and pictures of each class
 # How often a set's classes come up, in percent.
 SHARES = {
-    "tinyimagenet": 34, "cifar100": 17, "cifar10": 15, "caltech101": 12, "flowers102": 7, "sun397": 3, "stl10": 2,
+    "tinyimagenet": 40, "cifar100": 17, "cifar10": 11, "caltech101": 13, "flowers102": 4, "sun397": 3, "stl10": 2,
     "food101": 2.5, "eurosat": 2, "dtd": 2, "pets": 1, "busi": 0.6, "kneexray": 0.7, "covid": 0.8, "btmri": 0.4,
 }  # fmt: skip
 # How often a caption says the name, a synonym, a more general word, the definition.
-SAYS = {"name": 0.66, "synonym": 0.12, "hypernym": 0.1, "gloss": 0.12}
+SAYS = {"name": 0.8, "synonym": 0.07, "hypernym": 0.06, "gloss": 0.07}
 TEMPLATES = (
     "a photo of a {}", "a photo of the {}", "this is a photo of a {}", "a picture of a {}", "an image of a {}", "a {}",
     "the {}", "one {}", "a close photo of a {}", "a cropped photo of a {}", "a blurry photo of a {}", "there is a {}",
@@ -118,10 +118,10 @@ class Captioner:
         return random.choice(OWN_TEMPLATES.get(of, TEMPLATES))
 
 
-def augmented(images: Tensor, random: torch.Generator, smallest: float = SMALLEST) -> Tensor:
-    """(n, 3, SIZE, SIZE) uint8: random crops from `smallest` to 1.1 of a picture's side, mirrored, stretched, lit."""
+def augmented(images: Tensor, random: torch.Generator) -> Tensor:
+    """(n, 3, SIZE, SIZE) uint8: random crops from SMALLEST to 1.1 of a picture's side, mirrored, stretched, lit."""
     n = len(images)
-    zoom = uniform(random, smallest, 1.1, (n, 1)) * uniform(random, 0.92, 1.08, (n, 2))
+    zoom = uniform(random, SMALLEST, 1.1, (n, 1)) * uniform(random, 0.92, 1.08, (n, 2))
     centre = uniform(random, -1, 1, (n, 2)) * (1 - zoom).abs().clamp(min=0.08)
     mirrored = 1 - 2 * randint(random, 2, (n,))
     turn = torch.zeros(n, 2, 3)
@@ -135,7 +135,7 @@ def augmented(images: Tensor, random: torch.Generator, smallest: float = SMALLES
 
 
 class Photographs(torch.utils.data.Dataset):
-    """Steps of 256 pictures, two of each of 128 classes drawn by the shares of their sets, and a caption per class."""
+    """Steps of 256 pictures, four of each of 64 classes drawn by the shares of their sets, and a caption per class."""
 
     smoothing = 0.1
 
@@ -149,6 +149,7 @@ class Photographs(torch.utils.data.Dataset):
         self.weights = torch.tensor(weights) * torch.tensor([len(rows) > 0 for rows in self.rows])
         self.homes = [number for number, album in enumerate(self.albums) for _ in album.names]
         self.name = f"photographs, {sum(map(len, self.rows)):,} of them, {CLASSES * EACH} a step"
+        self.kinds = len(everything)
         self.text, self.pictures = text_tower("photo", self.tokenizer, width=96), CLASSES * EACH
 
     def __getitem__(self, step: int) -> Step:
@@ -157,17 +158,16 @@ class Photographs(torch.utils.data.Dataset):
         said = [self.captioner.caption(number, random_words) for number in chosen]
         shown = [number for number in chosen for _ in range(EACH)]
         fits = torch.stack([true for _, true in said], 1)[shown].float()
-        smallest = SMALLEST if step < STAGES[0][0] else CALMER
-        images = self._images(shown, random_words, random_numbers, smallest)
-        return Step(images, tokenize(self.tokenizer, [text for text, _ in said]), fits)
+        meant = (torch.tensor(shown)[:, None] == torch.tensor(chosen)).float()
+        images = self._images(shown, random_words, random_numbers)
+        tokens = tokenize(self.tokenizer, [text for text, _ in said])
+        return Step(images, tokens, fits, meant, torch.tensor(shown))
 
-    def _images(
-        self, shown: list[int], random_rows: random.Random, random_numbers: torch.Generator, smallest: float
-    ) -> Tensor:
+    def _images(self, shown: list[int], random_rows: random.Random, random_numbers: torch.Generator) -> Tensor:
         """A random picture of each class, pictures of one size cut together."""
         found = [self.albums[self.homes[number]].images[random_rows.choice(self.rows[number])] for number in shown]
         images = torch.empty(len(shown), 3, SIZE, SIZE, dtype=torch.uint8)
         for side in sorted({picture.shape[-1] for picture in found}):
             places = [place for place, picture in enumerate(found) if picture.shape[-1] == side]
-            images[places] = augmented(torch.stack([found[place] for place in places]), random_numbers, smallest)
+            images[places] = augmented(torch.stack([found[place] for place in places]), random_numbers)
         return images

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,9 +38,9 @@ A small CLIP trained from scratch on {seen}. {purpose}
 - Image tower: open_clip's modified residual network, {image_parameters:,} parameters, pictures resized to {size} px.
 - Text tower: two transformer layers, {text_parameters:,} parameters, {words:,} word pieces, {context} tokens.
 - Data: {data}
-- Objective: CLIP's symmetric loss; a caption that fits several pictures of the batch spreads its target over them.
-- Optimiser: AdamW, {stages}, {images:,} pictures in all, bfloat16 autocast, {seconds:,} s on
-  {device}.
+- Objective: CLIP's symmetric loss; {objective}
+- Optimiser: AdamW, {steps:,} steps up to a learning rate of {peak:g}, {images:,} pictures in all, bfloat16 autocast,
+  {seconds:,} s on {device}.
 - Command: `python tools/pretrain.py {name}`. Weights digest: `{digest}`.
 - Load: `open_clip.create_model_and_transforms("local-dir:...")` or `robustclip.models.load("{name}")`.
 
@@ -89,8 +88,8 @@ RESEARCH = (
 class Model:
     """How an embedded model is made, and what its card says that cannot be measured."""
 
-    train: Callable[[Path, Any], dict]
-    length: int | pretraining.Stages  # steps of training
+    train: Callable[[Path, int], dict]
+    steps: int
     scale: str
     facts: dict[str, str]
     spoken: language.Language | None = None
@@ -99,33 +98,34 @@ class Model:
         """The model card, every number measured on the model in `folder`."""
         if self.spoken:
             return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.spoken))
-        stages = ", then ".join(f"{steps:,} steps up to a learning rate of {peak:g}" for steps, peak in self.length)
-        measured = clip_facts(folder, scale(self.scale))
-        return CLIP_CARD.format(name=name, stages=stages, **self.facts, **run, **measured)
+        return CLIP_CARD.format(name=name, **self.facts, **run, **clip_facts(folder, scale(self.scale)))
 
 
 MODELS = {
     "tinyworld-clip": Model(
-        lambda folder, stages: pretraining.train_clip(folder, Drawings(folder), stages),
-        drawings.STAGES,
+        lambda folder, steps: pretraining.train_clip(folder, Drawings(folder), steps),
+        drawings.STEPS,
         "full",
         {
             "seen": "Tinyworld, the world that `robustclip` draws by code",
             "purpose": "It makes the experiments of the book run in seconds on a laptop, and knows no photographs.",
+            "objective": "a caption that fits several pictures of the batch spreads its target over them.",
             "data": "every picture drawn once, of any strength of nuisances; no held-out color-shape pair occurs.",
             "limits": "drawings of a few objects, English of about 500 words.",
             "terms": MIT,
         },
     ),
     "photo-clip": Model(
-        lambda folder, stages: pretraining.train_clip(folder, Photographs(folder), stages),
-        photographs.STAGES,
+        lambda folder, steps: pretraining.train_clip(folder, Photographs(folder), steps),
+        photographs.STEPS,
         "photo",
         {
             "seen": "photographs of fifteen public data sets",
             "purpose": "It lets the book measure on real photographs what a laptop can measure.",
             "data": "the pre-training part of each set, again and again in random crops, with captions made of class "
             "names, synonyms, more general words and definitions.",
+            "objective": "captions that are true of a picture, but not said about its class, are no choice for it. A "
+            "linear classifier of all classes on the image features, dropped afterwards, adds its own loss.",
             "limits": "small pictures of about 700 classes; everything it knows comes from a few ten thousand "
             "photographs and from words about their classes.",
             "terms": RESEARCH,
@@ -247,10 +247,7 @@ def make(name: str, out: Path, steps: int | None = None) -> None:
     """Train into a folder of its own, going on where an interrupted run stopped, then replace the embedded model."""
     work = RUNS / name
     work.mkdir(parents=True, exist_ok=True)
-    length = MODELS[name].length
-    if steps:
-        length = steps if isinstance(length, int) else ((steps, length[0][1]),)
-    run = MODELS[name].train(work, length)
+    run = MODELS[name].train(work, steps or MODELS[name].steps)
     (work / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(work, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     shutil.rmtree(work)

@@ -20,6 +20,7 @@ from robustclip.training import checkpoint
 
 SIZE = 48  # pixels per side of what the image tower sees
 CONTEXT = 32  # tokens per text
+VOID = -1e4  # logit of what is no choice
 CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
@@ -41,6 +42,8 @@ class Step(NamedTuple):
     images: Tensor  # (n, 3, h, w) uint8
     tokens: Tensor  # (m, context)
     fits: Tensor  # (n, m) float: whether caption j is true of picture i
+    meant: Tensor  # (n, m) float: whether, being true, it was also said about pictures like i
+    kinds: Tensor  # (n,) the number of each picture's kind, for a stream that knows kinds; else (0,)
 
 
 class Stream(Protocol):
@@ -49,7 +52,8 @@ class Stream(Protocol):
     name: str  # what it shows
     pictures: int  # of a step
     text: dict  # context_length, width, vocab_size ... of the text tower
-    smoothing: float  # share of the target that goes to all captions alike
+    smoothing: float  # share of a picture's target that goes to all choices alike
+    kinds: int  # of pictures, which a classifier beside the text tower learns to tell apart; 0: none
 
     def __getitem__(self, step: int) -> Step:
         """The pictures and captions of one step."""
@@ -77,21 +81,28 @@ def tokenize(tokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, fits: Tensor, smoothing: float = 0.0) -> Tensor:
+def contrastive_loss(
+    images: Tensor, texts: Tensor, scale: Tensor, fits: Tensor, meant: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
     """CLIP's symmetric loss of n pictures and m captions, where a caption may fit several pictures.
 
-    `images` (n, d) and `texts` (m, d) are unit rows. The targets of a picture are spread evenly over all captions that
-    fit it, and the other way round; what nothing fits does not count. `smoothing` spreads a share of a picture's
-    target over all captions.
+    `images` (n, d) and `texts` (m, d) are unit rows. The targets of a caption are spread evenly over all pictures that
+    it fits; those of a picture over the captions that are `meant` for it, all that fit by default, and others that are
+    true of it, too, are no choice. What nothing fits does not count. `smoothing` spreads a share of a picture's target
+    over its choices.
     """
     logits = scale * images @ texts.T
-    return (_spread(logits, fits, smoothing) + _spread(logits.T, fits.T, 0.0)) / 2
+    meant = fits if meant is None else meant
+    choices = 1 - (fits - meant)
+    return (_spread(logits, meant, choices, smoothing) + _spread(logits.T, fits.T, torch.ones_like(fits.T), 0.0)) / 2
 
 
-def _spread(logits: Tensor, fits: Tensor, smoothing: float) -> Tensor:
-    known = fits.sum(1) > 0
-    targets = fits[known] / fits[known].sum(1, keepdim=True)
-    return F.cross_entropy(logits[known], targets, label_smoothing=smoothing)
+def _spread(logits: Tensor, right: Tensor, choices: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of each row among its choices, with targets spread over those that are right."""
+    known = right.sum(1) > 0
+    right, choices = right[known], choices[known]
+    targets = (1 - smoothing) * right / right.sum(1, keepdim=True) + smoothing * choices / choices.sum(1, keepdim=True)
+    return F.cross_entropy(logits[known].masked_fill(choices == 0, VOID), targets)
 
 
 def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
@@ -124,35 +135,21 @@ def _save(model: nn.Module, folder: Path) -> None:
     temporary.replace(folder / WEIGHTS)
 
 
-Stages = tuple[tuple[int, float], ...]  # steps and peak learning rate of each
-
-
-def stage_of(step: int, stages: Stages) -> tuple[int, int, float]:
-    """Where a step stands in its stage: its number there, how many steps that has, and the peak learning rate."""
-    for steps, peak in stages:
-        if step < steps:
-            return step, steps, peak
-        step -= steps
-    raise ValueError(f"the stages end {step} steps earlier")
-
-
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-
-
 @torch.random.fork_rng(devices=())
-def train_clip(folder: Path, stream: Stream, stages: Stages, workers: int = 1, report_every: int = 100) -> dict:
-    """Train a CLIP on the steps of the stream, or go on with an interrupted run, and save it into `folder`.
-
-    Every stage has an optimizer of its own, whose learning rate rises once and falls to zero.
-    """
+def train_clip(
+    folder: Path, stream: Stream, steps: int, peak: float = 2e-3, workers: int = 1, report_every: int = 100
+) -> dict:
+    """Train a CLIP on the steps of the stream, or go on with an interrupted run, and save it into `folder`."""
     torch.manual_seed(0)
     _write_config(folder, stream.text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_clip(folder).to(device, memory_format=torch.channels_last).train()
-    optimizer, steps = _optimizer(model), sum(length for length, _ in stages)
-    weights, path, done = [*model.parameters(), *model.buffers()], folder / checkpoint.CHECKPOINT, {"step": 0}
-    facts = {"stages": [list(stage) for stage in stages], "stream": stream.name}
+    learner = nn.ModuleDict({"clip": build_clip(folder)})
+    if stream.kinds:
+        learner["classifier"] = nn.Linear(CLIP_CONFIG["model_cfg"]["embed_dim"], stream.kinds)
+    learner = learner.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
+    weights, path, done = [*learner.parameters(), *learner.buffers()], folder / checkpoint.CHECKPOINT, {"step": 0}
+    facts = {"steps": steps, "peak": peak, "stream": stream.name}
     if path.exists():
         done = checkpoint.restore(path, weights, optimizer, facts)
     loader = torch.utils.data.DataLoader(
@@ -160,35 +157,42 @@ def train_clip(folder: Path, stream: Stream, stages: Stages, workers: int = 1, r
     )
     start = time.time() - done.get("seconds", 0)
     for step, batch in enumerate(loader, done["step"]):
-        place, length, peak = stage_of(step, stages)
-        optimizer = optimizer if place else _optimizer(model)
         for group in optimizer.param_groups:
-            group["lr"] = peak * learning_rate(place, length)
-        loss = _update(model, optimizer, Step(*(part.to(device) for part in batch)), stream.smoothing)
+            group["lr"] = peak * learning_rate(step, steps)
+        loss = _loss(learner, Step(*(part.to(device) for part in batch)), stream.smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.step()
+        learner["clip"].logit_scale.data.clamp_(max=math.log(100))
         if step % report_every == report_every - 1:
             seconds = round(time.time() - start)
             print(f"step {step + 1}/{steps}  loss {loss:.3f}  {seconds} s", flush=True)
             checkpoint.save(path, weights, optimizer, facts | {"step": step + 1, "seconds": seconds})
-            _save(model, folder)
-    _save(model, folder)
+            _save(learner["clip"], folder)
+    _save(learner["clip"], folder)
     path.unlink(missing_ok=True)
-    return {"steps": steps, "images": steps * stream.pictures, "seconds": round(time.time() - start), "device": device}
+    return {
+        "steps": steps,
+        "peak": peak,
+        "images": steps * stream.pictures,
+        "seconds": round(time.time() - start),
+        "device": device,
+    }
 
 
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Step, smoothing: float) -> float:
-    """One step of the optimizer; returns the loss."""
+def _loss(learner: nn.ModuleDict, batch: Step, smoothing: float) -> Tensor:
+    """The contrastive loss of a step, and that of the classifier, if there is one."""
     pixels, preprocess = batch.images.float() / 255, CLIP_CONFIG["preprocess_cfg"]
     if pixels.shape[-1] != SIZE:
         pixels = F.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", antialias=False)
     mean, std = (torch.tensor(preprocess[key], device=pixels.device).view(3, 1, 1) for key in ("mean", "std"))
     with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
-        image_features = model.encode_image(((pixels - mean) / std).contiguous(memory_format=torch.channels_last))
-        text_features = model.encode_text(batch.tokens)
-    normal = [F.normalize(features.float(), dim=-1) for features in (image_features, text_features)]
-    loss = contrastive_loss(*normal, model.logit_scale.exp(), batch.fits, smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    model.logit_scale.data.clamp_(max=math.log(100))
-    return loss.item()
+        seen = learner["clip"].encode_image(((pixels - mean) / std).contiguous(memory_format=torch.channels_last))
+        said = learner["clip"].encode_text(batch.tokens)
+    images, texts = (F.normalize(features.float(), dim=-1) for features in (seen, said))
+    scale = learner["clip"].logit_scale.exp()
+    loss = contrastive_loss(images, texts, scale, batch.fits, batch.meant, smoothing)
+    if "classifier" in learner:
+        loss = loss + F.cross_entropy(learner["classifier"](seen.float()), batch.kinds, label_smoothing=smoothing)
+    return loss
