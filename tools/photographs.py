@@ -6,6 +6,7 @@ true of the images of all classes that the word covers, "a photo of a dog" of ev
 
 import random
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -64,23 +65,30 @@ class Album:
 
 def albums() -> list[Album]:
     """The pre-training part of every set, without images that look like a test image of any set."""
-    seen = {mark for name in role_names() if role(name).photo.get("pixels") for mark in _pictures(name, "test")[2]}
+    seen = {mark for name in role_names() if role(name).photo.get("pixels") for mark in pictures(name, "test")[2]}
     found = []
     for name in SHARES:
-        table, images, marks = _pictures(name, "pretraining")
+        table, images, marks = pictures(name, "pretraining")
         fresh = np.array([mark not in seen for mark in marks])
         found.append(Album(name, images[torch.from_numpy(fresh)], table.labels[fresh], table.names))
         print(f"{name}: {fresh.sum():,} images; {(~fresh).sum()} left out that look like test images", flush=True)
     return found
 
 
-def _pictures(name: str, split: str) -> tuple[Table, Tensor, list]:
+def pictures(name: str, split: str) -> tuple[Table, Tensor, list]:
     """A part of a set: its table, its images, larger than they are seen to leave room for crops, their fingerprints."""
     table, side = sources.table_of(name, "parquet", split), role(name).photo["pixels"]
     side = side if side < SIZE else STORED
     parts = np.array_split(np.arange(len(table)), -(-len(table) // 2000))
     images = torch.cat([(table.decode(rows, side, side) * 255).round().byte() for rows in parts])
     return table, images, fingerprints(images)
+
+
+def counts() -> dict[str, int]:
+    """How many sets, classes of all of them together, and photographs, look-alikes of test images included."""
+    tables = [sources.table_of(name, "parquet", "pretraining") for name in SHARES]
+    names = set(chain.from_iterable(table.names for table in tables))
+    return {"sets": len(tables), "classes": len(names), "photographs": sum(map(len, tables))}
 
 
 def fingerprints(images: Tensor) -> list[int]:

@@ -91,14 +91,17 @@ class Model:
     train: Callable[[Path, int], dict]
     steps: int
     scale: str
-    facts: dict[str, str]
+    facts: dict[str, str]  # with places for measured numbers
+    counts: Callable[[], dict[str, int]] = dict  # of what it has seen
     spoken: language.Language | None = None
 
     def card(self, name: str, folder: Path, run: dict) -> str:
         """The model card, every number measured on the model in `folder`."""
         if self.spoken:
             return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.spoken))
-        return CLIP_CARD.format(name=name, **self.facts, **run, **clip_facts(folder, scale(self.scale)))
+        numbers = {**run, **clip_facts(folder, scale(self.scale)), **self.counts()}
+        said = {key: text.format(**numbers) for key, text in self.facts.items()}
+        return CLIP_CARD.format(name=name, **said, **numbers)
 
 
 MODELS = {
@@ -111,7 +114,7 @@ MODELS = {
             "purpose": "It makes the experiments of the book run in seconds on a laptop, and knows no photographs.",
             "objective": "a caption that fits several pictures of the batch spreads its target over them.",
             "data": "every picture drawn once, of any strength of nuisances; no held-out color-shape pair occurs.",
-            "limits": "drawings of a few objects, English of about 500 words.",
+            "limits": "drawings of a few objects, English of {words:,} word pieces.",
             "terms": MIT,
         },
     ),
@@ -120,23 +123,24 @@ MODELS = {
         photographs.STEPS,
         "photo",
         {
-            "seen": "photographs of fifteen public data sets",
+            "seen": "photographs of {sets} public data sets",
             "purpose": "It lets the book measure on real photographs what a laptop can measure.",
             "data": "the pre-training part of each set, again and again in random crops, with captions made of class "
             "names, synonyms, more general words and definitions.",
             "objective": "captions that are true of a picture, but not said about its class, are no choice for it. A "
             "linear classifier of all classes on the image features, dropped afterwards, adds its own loss.",
-            "limits": "small pictures of about 700 classes; everything it knows comes from a few ten thousand "
-            "photographs and from words about their classes.",
+            "limits": "small pictures of {classes:,} classes; all it knows comes from {photographs:,} photographs and "
+            "from words about their classes.",
             "terms": RESEARCH,
         },
+        photographs.counts,
     ),
     "tinyworld-mlm": Model(
         lambda folder, steps: language.train_mlm(folder, language.TINYWORLD, steps),
         1500,
         "full",
         {"seen": "the captions of Tinyworld", "clip": "tinyworld-clip", "terms": MIT},
-        language.TINYWORLD,
+        spoken=language.TINYWORLD,
     ),
     "photo-mlm": Model(
         lambda folder, steps: language.train_mlm(folder, language.PHOTO, steps),
@@ -147,7 +151,7 @@ MODELS = {
             "clip": "photo-clip",
             "terms": RESEARCH,
         },
-        language.PHOTO,
+        spoken=language.PHOTO,
     ),
 }
 
