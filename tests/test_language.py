@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import language
+import pretraining
 from language import TINYWORLD, mask_tokens, mlm_accuracy, train_mlm
 from robustclip.data import grammar, lexicon, tinyworld
 from robustclip.data.grammar import SPECIAL_TOKENS, vocabulary
@@ -143,7 +144,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(small, tmp_path, monkeypa
 
 def test_the_schedule_is_followed(small, tmp_path, monkeypatch):
     """A learning rate of zero after the first step leaves the weights where that step put them."""
-    monkeypatch.setattr(language, "learning_rate", lambda step, steps: float(step == 0))
+    monkeypatch.setattr(pretraining, "learning_rate", lambda step, steps: float(step == 0))
     for steps in (1, 3):
         train_mlm(tmp_path / str(steps), TINYWORLD, steps)
     one, three = (load_file(tmp_path / steps / WEIGHTS) for steps in ("1", "3"))

@@ -4,8 +4,7 @@ An interrupted run goes on from its last checkpoint and ends with the same weigh
 """
 
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import drawings
 import english
-from pretraining import learning_rate
+from pretraining import descend
 from robustclip.data import grammar, lexicon, tinyworld
 from robustclip.data.grammar import Speaker
 from robustclip.data.tinyworld import training_scenes
@@ -42,6 +41,7 @@ class Language(NamedTuple):
     write_tokenizer: Callable
     sentences: Callable[[int], list[str]]  # of one step, or, for negative ones, held out
     synonyms: Callable[[str], Sequence[str]]
+    alternatives: int = 8  # at most, for a word in training
 
 
 # --- what the models read ---------------------------------------------------------------------------------------------
@@ -102,6 +102,7 @@ PHOTO = Language(
     english.write_photo_tokenizer,
     photo_sentences,
     english.alike,
+    alternatives=16,  # more than one guesses at a place, so that function words leave room for little else
 )
 
 
@@ -124,7 +125,7 @@ def mask_tokens(tokens: Tensor, mask: int, synonyms: Tensor, random: torch.Gener
     return torch.where(chosen & (fate >= 0.9), other, hidden), labels
 
 
-def synonym_table(tokenizer, synonyms: Callable[[str], Sequence[str]], width: int = 8) -> Tensor:
+def synonym_table(tokenizer, synonyms: Callable[[str], Sequence[str]], width: int) -> Tensor:
     """(words, width) token ids: in turn the synonyms of each token that are one token, too, or the token itself."""
     known = tokenizer.get_vocab()
     rows = {
@@ -154,31 +155,26 @@ def train_mlm(folder: Path, language: Language, steps: int, peak: float = 2e-3, 
 
     torch.manual_seed(0)
     tokenizer = language.write_tokenizer(folder)
-    words, mask, synonyms = len(tokenizer), tokenizer.mask_token_id, synonym_table(tokenizer, language.synonyms)
+    words, mask = len(tokenizer), tokenizer.mask_token_id
+    synonyms = synonym_table(tokenizer, language.synonyms, language.alternatives)
     model = BertForMaskedLM(BertConfig(vocab_size=words, max_position_embeddings=LONGEST, **language.sizes)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
-    weights, path, done = [*model.parameters()], folder / checkpoint.CHECKPOINT, {"step": 0, "seconds": 0}
-    facts = {"steps": steps, "peak": peak, "language": language.name, "words": words}
-    if path.exists():
-        done = checkpoint.restore(path, weights, optimizer, facts)
-    start = time.time() - done["seconds"]
-    for step in range(done["step"], steps):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * learning_rate(step, steps)
-        random, groups = tinyworld.generator("language", step), tokenize(tokenizer, language.sentences(step))
-        pairs = [mask_tokens(tokens, mask, synonyms, random) for tokens in groups]
-        logits = torch.cat([logits_at(model, hidden, labels >= 0) for hidden, labels in pairs])
-        loss = F.cross_entropy(logits, torch.cat([labels[labels >= 0] for _, labels in pairs]))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if step % report_every == report_every - 1:
-            seconds = round(time.time() - start)
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {seconds} s", flush=True)
-            checkpoint.save(path, weights, optimizer, facts | {"step": step + 1, "seconds": seconds})
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+
+    def losses(first: int) -> Iterator[Tensor]:
+        for step in range(first, steps):
+            random, groups = tinyworld.generator("language", step), tokenize(tokenizer, language.sentences(step))
+            pairs = [mask_tokens(tokens, mask, synonyms, random) for tokens in groups]
+            logits = torch.cat([logits_at(model, hidden, labels >= 0) for hidden, labels in pairs])
+            yield F.cross_entropy(logits, torch.cat([labels[labels >= 0] for _, labels in pairs]))
+
+    path, facts = (
+        folder / checkpoint.CHECKPOINT,
+        {"steps": steps, "peak": peak, "language": language.name, "words": words},
+    )
+    seconds = descend([*model.parameters()], optimizer, losses, path, facts, report_every)
     model.save_pretrained(folder, safe_serialization=True)
     path.unlink(missing_ok=True)
-    return {"steps": steps, "sentences": steps * BATCH, "seconds": round(time.time() - start), "device": "cpu"}
+    return {"steps": steps, "sentences": steps * BATCH, "seconds": seconds, "device": "cpu"}
 
 
 @torch.no_grad()

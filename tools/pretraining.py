@@ -7,6 +7,7 @@ from its last checkpoint and ends with the same weights. The folder is written i
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -135,6 +136,35 @@ def _save(model: nn.Module, folder: Path) -> None:
     temporary.replace(folder / WEIGHTS)
 
 
+def descend(
+    weights: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    losses: Callable[[int], Iterator[Tensor]],
+    path: Path,
+    facts: dict,
+    report_every: int,
+    clip_norm: float = math.inf,  # of the gradient
+) -> int:
+    """Take the steps that the checkpoint at `path` lacks, and return how many seconds all of them took.
+
+    `losses` gives the loss of each step from a number on; `facts` say what the run is, its steps and peak among them.
+    """
+    done = checkpoint.restore(path, weights, optimizer, facts) if path.exists() else {"step": 0, "seconds": 0}
+    start = time.time() - done["seconds"]
+    for step, loss in enumerate(losses(done["step"]), done["step"]):
+        for group in optimizer.param_groups:
+            group["lr"] = facts["peak"] * learning_rate(step, facts["steps"])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
+        optimizer.step()
+        if step % report_every == report_every - 1:
+            seconds = round(time.time() - start)
+            print(f"step {step + 1}/{facts['steps']}  loss {loss:.3f}  {seconds} s", flush=True)
+            checkpoint.save(path, weights, optimizer, facts | {"step": step + 1, "seconds": seconds})
+    return round(time.time() - start)
+
+
 @torch.random.fork_rng(devices=())
 def train_clip(
     folder: Path, stream: Stream, steps: int, peak: float = 2e-3, workers: int = 1, report_every: int = 100
@@ -147,38 +177,20 @@ def train_clip(
     if stream.kinds:
         learner["classifier"] = nn.Linear(CLIP_CONFIG["model_cfg"]["embed_dim"], stream.kinds)
     learner = learner.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
-    weights, path, done = [*learner.parameters(), *learner.buffers()], folder / checkpoint.CHECKPOINT, {"step": 0}
+    optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+
+    def losses(first: int) -> Iterator[Tensor]:
+        order = range(first, steps)
+        for batch in torch.utils.data.DataLoader(stream, batch_size=None, sampler=order, num_workers=workers):
+            learner["clip"].logit_scale.data.clamp_(max=math.log(100))
+            yield _loss(learner, Step(*(part.to(device) for part in batch)), stream.smoothing)
+
+    weights, path = [*learner.parameters(), *learner.buffers()], folder / checkpoint.CHECKPOINT
     facts = {"steps": steps, "peak": peak, "stream": stream.name}
-    if path.exists():
-        done = checkpoint.restore(path, weights, optimizer, facts)
-    loader = torch.utils.data.DataLoader(
-        stream, batch_size=None, sampler=range(done["step"], steps), num_workers=workers
-    )
-    start = time.time() - done.get("seconds", 0)
-    for step, batch in enumerate(loader, done["step"]):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * learning_rate(step, steps)
-        loss = _loss(learner, Step(*(part.to(device) for part in batch)), stream.smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimizer.step()
-        learner["clip"].logit_scale.data.clamp_(max=math.log(100))
-        if step % report_every == report_every - 1:
-            seconds = round(time.time() - start)
-            print(f"step {step + 1}/{steps}  loss {loss:.3f}  {seconds} s", flush=True)
-            checkpoint.save(path, weights, optimizer, facts | {"step": step + 1, "seconds": seconds})
-            _save(learner["clip"], folder)
+    seconds = descend(weights, optimizer, losses, path, facts, report_every, clip_norm=1.0)
     _save(learner["clip"], folder)
     path.unlink(missing_ok=True)
-    return {
-        "steps": steps,
-        "peak": peak,
-        "images": steps * stream.pictures,
-        "seconds": round(time.time() - start),
-        "device": device,
-    }
+    return {"steps": steps, "peak": peak, "images": steps * stream.pictures, "seconds": seconds, "device": device}
 
 
 def _loss(learner: nn.ModuleDict, batch: Step, smoothing: float) -> Tensor:
