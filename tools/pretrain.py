@@ -93,13 +93,14 @@ class Model:
     scale: str
     facts: dict[str, str]  # with places for measured numbers
     counts: Callable[[], dict[str, int]] = dict  # of what it has seen
+    updates: tuple[int, int] = (400, 800)  # of the trials of FT-standard and of TeCoA
     spoken: language.Language | None = None
 
     def card(self, name: str, folder: Path, run: dict) -> str:
         """The model card, every number measured on the model in `folder`."""
         if self.spoken:
             return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.spoken))
-        numbers = {**run, **clip_facts(folder, scale(self.scale)), **self.counts()}
+        numbers = {**run, **clip_facts(folder, scale(self.scale), *self.updates), **self.counts()}
         said = {key: text.format(**numbers) for key, text in self.facts.items()}
         return CLIP_CARD.format(name=name, **said, **numbers)
 
@@ -134,6 +135,7 @@ MODELS = {
             "terms": RESEARCH,
         },
         photographs.counts,
+        updates=(400, 2400),
     ),
     "tinyworld-mlm": Model(
         lambda folder, steps: language.train_mlm(folder, language.TINYWORLD, steps),
@@ -180,14 +182,14 @@ def pgd_20(eps: float) -> Fast:
     return Fast(attack=PGD(eps=eps, steps=20), precision="bfloat16")
 
 
-def clip_facts(folder: Path, chosen: Scale) -> dict:
+def clip_facts(folder: Path, chosen: Scale, standard_updates: int, robust_updates: int) -> dict:
     """Sizes, accuracies and trials."""
     clip, eps = models.load(str(folder), device="cpu"), chosen.reference_eps
     network = clip.network
     image_parameters = sum(weight.numel() for weight in network.visual.parameters())
     tests = {name: load_samples(name, chosen.source, "test", 1000) for name in chosen.roles}
-    standard = Standard.of(eps=0.0, updates=400, rate=1e-3)
-    robust = TeCoA.of(eps=eps, updates=800, attack_steps=2, precision="bfloat16")
+    standard = Standard.of(eps=0.0, updates=standard_updates, rate=1e-3)
+    robust = TeCoA.of(eps=eps, updates=robust_updates, attack_steps=2, precision="bfloat16")
     return {
         "image_parameters": image_parameters,
         "text_parameters": sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
@@ -198,8 +200,8 @@ def clip_facts(folder: Path, chosen: Scale) -> dict:
         "eps": eps * 255,
         "rows": "\n".join(zero_shot_rows(clip, eps, tests)),
         "trial": "\n".join(trial_rows(clip, chosen.source, tests, standard, robust)),
-        "standard": standard.optimisation.updates,
-        "updates": robust.optimisation.updates,
+        "standard": standard_updates,
+        "updates": robust_updates,
         "batch_size": robust.optimisation.batch_size,
     }
 
