@@ -42,8 +42,9 @@ reproduce: $(STAMP) ## Measure the cells of the shipped results again (SCALE=qui
 	$(BIN)/robustclip reproduce $(if $(SCALE),--scale $(SCALE))
 
 models: $(STAMP) ## Train the embedded models again, two at a time; those of photographs need ROBUSTCLIP_DATA
-	OMP_NUM_THREADS=1 $(BIN)/python tools/pretrain.py tinyworld-clip tinyworld-mlm & \
-	  OMP_NUM_THREADS=1 $(BIN)/python tools/pretrain.py photo-clip photo-mlm && wait $$!
+	OMP_NUM_THREADS=1 $(BIN)/python tools/pretrain.py tinyworld-clip tinyworld-mlm & drawn=$$!; \
+	  OMP_NUM_THREADS=1 $(BIN)/python tools/pretrain.py photo-clip photo-mlm || failed=1; \
+	  wait $$drawn && test -z "$$failed"
 
 export: $(STAMP) ## Write what was measured to results, from where it is shipped (SCALE=quick|full|photo|paper)
 	$(BIN)/robustclip export $(if $(SCALE),--scale $(SCALE))
