@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -53,8 +53,9 @@ elsewhere the last bits may differ, and the intervals say what to expect.
 {rows}
 
 Can it learn more, and be made robust? Trials of fine-tuning on the training pictures that it has not seen: FT-standard
-on each role by itself ({standard:,} updates); TeCoA on `tinyimagenet` (image tower only, PGD-2 at eps = {eps:g}/255,
-{updates:,} updates), judged there and zero-shot on other roles; {batch_size} pictures an update, same test pictures.
+on each role by itself ({standard[updates]:,} updates, learning rate {standard[rate]:g}); TeCoA on `tinyimagenet` (image
+tower only, PGD-2 at eps = {eps:g}/255, {robust[updates]:,} updates, learning rate {robust[rate]:g}), judged there and
+zero-shot on other roles; {batch_size} pictures an update, same test pictures.
 
 | role | model | clean | PGD-20 |
 |---|---|---|---|
@@ -93,14 +94,17 @@ class Model:
     scale: str
     facts: dict[str, str]  # with places for measured numbers
     counts: Callable[[], dict[str, int]] = dict  # of what it has seen
-    updates: tuple[int, int] = (400, 800)  # of the trials of FT-standard and of TeCoA
+    standard: dict = field(
+        default_factory=lambda: {"updates": 400, "rate": 1e-3}
+    )  # settings of the trials of FT-standard
+    robust: dict = field(default_factory=lambda: {"updates": 800, "rate": 2e-3})  # and of TeCoA
     spoken: language.Language | None = None
 
     def card(self, name: str, folder: Path, run: dict) -> str:
         """The model card, every number measured on the model in `folder`."""
         if self.spoken:
             return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.spoken))
-        numbers = {**run, **clip_facts(folder, scale(self.scale), *self.updates), **self.counts()}
+        numbers = {**run, **clip_facts(folder, scale(self.scale), self.standard, self.robust), **self.counts()}
         said = {key: text.format(**numbers) for key, text in self.facts.items()}
         return CLIP_CARD.format(name=name, **said, **numbers)
 
@@ -135,7 +139,7 @@ MODELS = {
             "terms": RESEARCH,
         },
         photographs.counts,
-        updates=(400, 2400),
+        standard={"updates": 400, "rate": 5e-4},  # what did best on the validation parts
     ),
     "tinyworld-mlm": Model(
         lambda folder, steps: language.train_mlm(folder, language.TINYWORLD, steps),
@@ -182,14 +186,14 @@ def pgd_20(eps: float) -> Fast:
     return Fast(attack=PGD(eps=eps, steps=20), precision="bfloat16")
 
 
-def clip_facts(folder: Path, chosen: Scale, standard_updates: int, robust_updates: int) -> dict:
+def clip_facts(folder: Path, chosen: Scale, standard: dict, robust: dict) -> dict:
     """Sizes, accuracies and trials."""
     clip, eps = models.load(str(folder), device="cpu"), chosen.reference_eps
     network = clip.network
     image_parameters = sum(weight.numel() for weight in network.visual.parameters())
     tests = {name: load_samples(name, chosen.source, "test", 1000) for name in chosen.roles}
-    standard = Standard.of(eps=0.0, updates=standard_updates, rate=1e-3)
-    robust = TeCoA.of(eps=eps, updates=robust_updates, attack_steps=2, precision="bfloat16")
+    plain = Standard.of(eps=0.0, **standard)
+    hardened = TeCoA.of(eps=eps, **robust, attack_steps=2, precision="bfloat16")
     return {
         "image_parameters": image_parameters,
         "text_parameters": sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
@@ -199,10 +203,10 @@ def clip_facts(folder: Path, chosen: Scale, standard_updates: int, robust_update
         "digest": clip.digest,
         "eps": eps * 255,
         "rows": "\n".join(zero_shot_rows(clip, eps, tests)),
-        "trial": "\n".join(trial_rows(clip, chosen.source, tests, standard, robust)),
-        "standard": standard_updates,
-        "updates": robust_updates,
-        "batch_size": robust.optimisation.batch_size,
+        "trial": "\n".join(trial_rows(clip, chosen.source, tests, plain, hardened)),
+        "standard": standard,
+        "robust": robust,
+        "batch_size": hardened.optimisation.batch_size,
     }
 
 
