@@ -140,6 +140,7 @@ MODELS = {
         },
         photographs.counts,
         standard={"updates": 400, "rate": 5e-4},  # what did best on the validation parts
+        robust={"updates": 800, "rate": 8e-4},
     ),
     "tinyworld-mlm": Model(
         lambda folder, steps: language.train_mlm(folder, language.TINYWORLD, steps),
