@@ -146,9 +146,7 @@ def test_what_looks_like_a_test_image_stays_out(monkeypatch):
         labels, names = np.array([1, 0]), ("cat", "ship")
 
     parts = {"test": noise[:2], "pretraining": copied}
-    monkeypatch.setattr(
-        photographs, "_pictures", lambda name, split: (Listed, parts[split], fingerprints(parts[split]))
-    )
+    monkeypatch.setattr(photographs, "pictures", lambda name, split: (Listed, parts[split], fingerprints(parts[split])))
     for album in photographs.albums():
         assert torch.equal(album.images, copied[1:])
         assert album.labels.tolist() == [0]

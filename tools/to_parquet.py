@@ -262,15 +262,25 @@ def _extract(archive: Path, into: Path) -> None:
         with zipfile.ZipFile(archive) as file:
             file.extractall(into)  # which drops "..", leading slashes and links by itself
     elif archive.suffix in (".tar", ".tgz") or archive.name.endswith(".tar.gz"):
-        if not hasattr(tarfile, "data_filter"):
-            raise OSError("this Python cannot unpack archives safely; take 3.11.4 or later, or unpack it by hand")
         with tarfile.open(archive) as file:
-            file.extractall(into, filter="data")
+            _extract_files(file, into.resolve())
     elif archive.suffix == ".gz":
         with gzip.open(archive) as packed, (into / archive.stem).open("wb") as plain:
             shutil.copyfileobj(packed, plain)
     else:
         shutil.copy(archive, into)
+
+
+def _extract_files(archive: tarfile.TarFile, into: Path) -> None:
+    """Files alone: no links, no devices, nothing that would land outside of `into`."""
+    for member in archive:
+        place = (into / member.name).resolve()
+        if not place.is_relative_to(into):
+            raise tarfile.TarError(f"{member.name!r} would land outside of its folder")
+        if member.isfile():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with archive.extractfile(member) as packed, place.open("wb") as plain:
+                shutil.copyfileobj(packed, plain)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
