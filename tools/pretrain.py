@@ -8,8 +8,9 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,7 +30,6 @@ from robustclip.training import Pictures, Recipe, Standard, TeCoA, train
 ROOT = Path(__file__).parents[1]
 ASSETS, RUNS = ROOT / "src" / "robustclip" / "assets", ROOT / "runs" / "pretraining"
 SOURCES = ("cifar10", "cifar100", "tinyimagenet")
-ZERO_SHOT = "caltech101"  # the trial's model has not seen its pictures
 
 CLIP_CARD = """# {name}
 
@@ -85,6 +85,17 @@ RESEARCH = (
 )
 
 
+class Trials(NamedTuple):
+    """Fine-tuning that the card of a CLIP reports."""
+
+    standard: dict  # settings of FT-standard
+    robust: dict  # of TeCoA
+    zero_shot: tuple[str, ...]  # roles on which TeCoA is judged besides the sources
+
+
+TRIALS = Trials({"updates": 400, "rate": 1e-3}, {"updates": 800, "rate": 2e-3}, ("caltech101",))
+
+
 @dataclass(frozen=True)
 class Model:
     """How an embedded model is made, and what its card says that cannot be measured."""
@@ -94,17 +105,14 @@ class Model:
     scale: str
     facts: dict[str, str]  # with places for measured numbers
     counts: Callable[[], dict[str, int]] = dict  # of what it has seen
-    standard: dict = field(
-        default_factory=lambda: {"updates": 400, "rate": 1e-3}
-    )  # settings of the trials of FT-standard
-    robust: dict = field(default_factory=lambda: {"updates": 800, "rate": 2e-3})  # and of TeCoA
+    trials: Trials = TRIALS
     spoken: language.Language | None = None
 
     def card(self, name: str, folder: Path, run: dict) -> str:
         """The model card, every number measured on the model in `folder`."""
         if self.spoken:
             return MLM_CARD.format(name=name, **self.facts, **run, **mlm_facts(folder, self.spoken))
-        numbers = {**run, **clip_facts(folder, scale(self.scale), self.standard, self.robust), **self.counts()}
+        numbers = {**run, **clip_facts(folder, scale(self.scale), self.trials), **self.counts()}
         said = {key: text.format(**numbers) for key, text in self.facts.items()}
         return CLIP_CARD.format(name=name, **said, **numbers)
 
@@ -139,8 +147,11 @@ MODELS = {
             "terms": RESEARCH,
         },
         photographs.counts,
-        standard={"updates": 400, "rate": 5e-4},  # what did best on the validation parts
-        robust={"updates": 800, "rate": 8e-4},
+        Trials(  # with the rates that did best on the validation parts
+            {"updates": 400, "rate": 5e-4},
+            {"updates": 800, "rate": 8e-4},
+            ("stl10", "sun397", "pets", "eurosat", "caltech101"),
+        ),
     ),
     "tinyworld-mlm": Model(
         lambda folder, steps: language.train_mlm(folder, language.TINYWORLD, steps),
@@ -187,14 +198,15 @@ def pgd_20(eps: float) -> Fast:
     return Fast(attack=PGD(eps=eps, steps=20), precision="bfloat16")
 
 
-def clip_facts(folder: Path, chosen: Scale, standard: dict, robust: dict) -> dict:
+def clip_facts(folder: Path, chosen: Scale, trials: Trials) -> dict:
     """Sizes, accuracies and trials."""
     clip, eps = models.load(str(folder), device="cpu"), chosen.reference_eps
     network = clip.network
     image_parameters = sum(weight.numel() for weight in network.visual.parameters())
     tests = {name: load_samples(name, chosen.source, "test", 1000) for name in chosen.roles}
-    plain = Standard.of(eps=0.0, **standard)
-    hardened = TeCoA.of(eps=eps, **robust, attack_steps=2, precision="bfloat16")
+    plain = Standard.of(eps=0.0, **trials.standard)
+    hardened = TeCoA.of(eps=eps, **trials.robust, attack_steps=2, precision="bfloat16")
+    shown = {name: tests[name] for name in (*SOURCES, *trials.zero_shot)}
     return {
         "image_parameters": image_parameters,
         "text_parameters": sum(weight.numel() for weight in network.parameters()) - image_parameters - 1,
@@ -204,9 +216,9 @@ def clip_facts(folder: Path, chosen: Scale, standard: dict, robust: dict) -> dic
         "digest": clip.digest,
         "eps": eps * 255,
         "rows": "\n".join(zero_shot_rows(clip, eps, tests)),
-        "trial": "\n".join(trial_rows(clip, chosen.source, tests, plain, hardened)),
-        "standard": standard,
-        "robust": robust,
+        "trial": "\n".join(trial_rows(clip, chosen.source, shown, plain, hardened)),
+        "standard": trials.standard,
+        "robust": trials.robust,
         "batch_size": hardened.optimisation.batch_size,
     }
 
@@ -227,12 +239,12 @@ def trial_rows(
     attacks = (UniformNoise(eps=0), pgd_20(robust.eps))
     pictures = 20_000 if source == "tinyworld" else None  # all that there are
     tuned = train(robust, clip, Pictures.of("tinyimagenet", source, pictures)).clip
-    for name in (*SOURCES, ZERO_SHOT):
+    for name, samples in tests.items():
         compared = {"undefended": clip, "TeCoA on tinyimagenet": tuned}
         if name in SOURCES:
             compared["FT-standard"] = train(standard, clip, Pictures.of(name, source, pictures)).clip
         for title, model in compared.items():
-            yield f"| {' | '.join([name, title, *measured(model, tests[name], attacks)])} |"
+            yield f"| {' | '.join([name, title, *measured(model, samples, attacks)])} |"
 
 
 def mlm_facts(folder: Path, spoken: language.Language) -> dict:
