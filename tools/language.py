@@ -167,10 +167,8 @@ def train_mlm(folder: Path, language: Language, steps: int, peak: float = 2e-3, 
             logits = torch.cat([logits_at(model, hidden, labels >= 0) for hidden, labels in pairs])
             yield F.cross_entropy(logits, torch.cat([labels[labels >= 0] for _, labels in pairs]))
 
-    path, facts = (
-        folder / checkpoint.CHECKPOINT,
-        {"steps": steps, "peak": peak, "language": language.name, "words": words},
-    )
+    path = folder / checkpoint.CHECKPOINT
+    facts = {"steps": steps, "peak": peak, "language": language.name, "words": words}
     seconds = descend([*model.parameters()], optimizer, losses, path, facts, report_every)
     model.save_pretrained(folder, safe_serialization=True)
     path.unlink(missing_ok=True)
