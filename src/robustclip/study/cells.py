@@ -14,6 +14,7 @@ from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.classes import Classes
 from robustclip.component import Resolve, identity, rebuild, settings
 from robustclip.data.roles import role, role_names
+from robustclip.models import PRECISIONS
 from robustclip.defenses.base import Defense, as_defense
 from robustclip.study.scales import Scale, parse_eps
 from robustclip.study.scales import scale as find_scale
@@ -115,13 +116,15 @@ def grid(
     eps: Sequence[float | str] | None = None,
     template: str | None = None,
     task: str = "classify",
+    precision: str | None = None,
 ) -> list[Cell]:
     """All combinations as cells, in table order; anything unknown or out of range is an error before any work.
 
     `models`: names of the scale, or name -> loaded CLIP, folder, model to be trained, or what `models.load` takes.
     `attacks`: names as in the papers, or name -> attack (any torchattacks.Attack will do). `roles`: by default all of
     the scale that the task can be done on. `eps` replaces the budgets of the attacks. Clean cells are not repeated over
-    attackers and eps, nor attacks on prompts over eps.
+    attackers and eps, nor attacks on prompts over eps. `precision`, of the gradients of image attacks, is the scale's
+    unless given.
     """
     chosen = find_scale(scale)
     check_choice("task", task, TASKS)
@@ -130,9 +133,10 @@ def grid(
     check_integer("n", 1 if n is None else n, 1)
     if template is not None and "{}" not in template:
         raise ValueError(f"template={template!r} has no {{}}; put {{}} where the class name goes")
+    precision = check_choice("precision", precision or chosen.precision, PRECISIONS)
     models = models if isinstance(models, Mapping) else {name: chosen.model(name) for name in models}
     attacks = attacks if isinstance(attacks, Mapping) else {name: chosen.attack(name) for name in attacks}
-    attacks = {name: attack and at_precision(as_attack(attack), chosen.precision) for name, attack in attacks.items()}
+    attacks = {name: attack and at_precision(as_attack(attack), precision) for name, attack in attacks.items()}
     if not isinstance(defenses, Mapping):
         defenses = {"none" if defense is None else type(defense).__name__: defense for defense in defenses}
     defenses = {name: defense and as_defense(defense) for name, defense in defenses.items()}
