@@ -27,12 +27,13 @@ app = typer.Typer(
 )
 
 Recipes = Annotated[list[str], typer.Option("--recipe", help="FT-standard, TeCoA, MMCoA, AdvPT, VP ...")]
-CELL = ("model", "role", "attack", "attacker", "eps", "n")  # columns that say what was measured
+CELL = ("model", "role", "attack", "attacker", "defense", "eps", "n")  # columns that say what was measured
 Scale = Annotated[str, typer.Option(help="quick, full, photo, paper, or a .toml file of your own.")]
 Models = Annotated[list[str], typer.Option("--model", help="A model of the scale, or anything models.load takes.")]
 Roles = Annotated[list[str] | None, typer.Option("--role", help="A data set, by its role [default: all of the scale].")]
 Attacks = Annotated[list[str], typer.Option("--attack", help="clean, noise, PGD-100, AutoAttack, BERT-Attack ...")]
 Attackers = Annotated[list[str], typer.Option("--attacker", help="blind or aware of the defense.")]
+Defenses = Annotated[list[str], typer.Option("--defense", help="none, TTC, SCC, COLA, TTE, DOC ... at test time.")]
 Budgets = Annotated[list[str] | None, typer.Option("--eps", help="Budget, like 4/255 [default: the scale's].")]
 Seeds = Annotated[list[int], typer.Option("--seed", help="Random seed of attacks and defenses.")]
 Audited = Annotated[int, typer.Option("--audit", min=0, help="Audit image attacks on this many images.")]
@@ -65,6 +66,8 @@ def _select(scale: str, models: Sequence[str], shard: str, device: str, **option
     pick_device(device)
     chosen = study.scale(scale)
     specs = {name: chosen.model(name) if name in chosen.models else name for name in models}
+    if "defenses" in options:
+        options["defenses"] = {name: chosen.defense(name) for name in options["defenses"]}
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     cells = study.grid(chosen, specs, **given)
     for name, why in ({} if "roles" in given else chosen.missing).items():
@@ -98,9 +101,9 @@ def _records(frame: "pd.DataFrame") -> list[dict]:
 @app.command()
 def run(
     scale: Scale = "quick", model: Models = ("clip",), role: Roles = None, attack: Attacks = ("clean", "PGD-100"),
-    attacker: Attackers = ("blind",), eps: Budgets = None, seed: Seeds = (0,), n: Images = None, shard: Shard = "1/1",
-    device: Device = "auto", batch_size: Batch = None, audit: Audited = 0, store: Folder = None,
-    as_json: Machine = False,
+    attacker: Attackers = ("blind",), defense: Defenses = ("none",), eps: Budgets = None, seed: Seeds = (0,),
+    n: Images = None, shard: Shard = "1/1", device: Device = "auto", batch_size: Batch = None, audit: Audited = 0,
+    store: Folder = None, as_json: Machine = False,
 ) -> None:  # fmt: skip
     """Measure all combinations of the options and print accuracies with 95 % intervals.
 
@@ -109,10 +112,12 @@ def run(
     \b
     robustclip run --role cifar10 --role imagenet --attack clean --attack PGD-20
     robustclip run --role cifar10 --attack PGD-100 --eps 2/255 --eps 4/255 --n 1000
+    robustclip run --role cifar10 --defense TTC --attack PGD-10:last --attack aware --attacker blind --attacker aware
     robustclip run --scale full --shard 1/2 & robustclip run --scale full --shard 2/2
     """
     with _exit_code(2):
         options = {"roles": role, "attacks": attack, "attackers": attacker, "eps": eps, "seeds": seed, "n": n}
+        options["defenses"] = defense
         cells = _select(scale, model, shard, device, **options)
     from robustclip.study import evaluate
 
@@ -131,6 +136,8 @@ def audit(
     model: Annotated[str, typer.Option(help="A model of the scale, or anything models.load takes.")] = "clip",
     role: Annotated[str, typer.Option(help="A data set, by its role.")] = "cifar10",
     attack: Annotated[str, typer.Option(help="The image attack to trust or not: PGD-20, APGD-CE ...")] = "PGD-100",
+    attacker: Annotated[str, typer.Option(help="blind or aware of the defense.")] = "aware",
+    defense: Annotated[str, typer.Option(help="A defense at test time: TTC, SCC, COLA ...")] = "none",
     eps: Annotated[str | None, typer.Option(help="Budget, like 4/255 [default: the scale's].")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the attack.")] = 0,
     n: Annotated[int, typer.Option(min=1, help="Images to look at.")] = 100,
@@ -145,9 +152,11 @@ def audit(
     \b
     robustclip audit --role cifar10 --attack PGD-20
     robustclip audit --model runs/checkpoints/tecoa --attack APGD-CE --eps 4/255 --n 200
+    robustclip audit --defense TTC --attack aware --n 50
     """
     with _exit_code(2):
         options = {"roles": [role], "attacks": [attack], "eps": eps and [eps], "seeds": [seed], "n": n}
+        options |= {"attackers": [attacker], "defenses": [defense]}
         cells = _select(scale, [model], "1/1", device, **options)
     from robustclip import study
 
@@ -203,8 +212,9 @@ def train(
 @app.command()
 def plan(
     scale: Scale = "quick", model: Models = ("clip",), role: Roles = None, attack: Attacks = ("clean", "PGD-100"),
-    attacker: Attackers = ("blind",), eps: Budgets = None, seed: Seeds = (0,), n: Images = None, shard: Shard = "1/1",
-    device: Device = "auto", store: Folder = None, as_json: Machine = False, recipe: Recipes = (),
+    attacker: Attackers = ("blind",), defense: Defenses = ("none",), eps: Budgets = None, seed: Seeds = (0,),
+    n: Images = None, shard: Shard = "1/1", device: Device = "auto", store: Folder = None, as_json: Machine = False,
+    recipe: Recipes = (),
 ) -> None:  # fmt: skip
     """Say what `run` with the same options would take at most; nothing is measured, stored or downloaded.
 
@@ -225,6 +235,7 @@ def plan(
         return
     with _exit_code(2):
         options = {"roles": role, "attacks": attack, "attackers": attacker, "eps": eps, "seeds": seed, "n": n}
+        options["defenses"] = defense
         cells = _select(scale, model, shard, device, **options)
     from robustclip import study
 

@@ -23,3 +23,8 @@ def own_noise(images: Tensor, seed: int, shape: Sequence[int] | None = None) -> 
 def draw_seed(*parts: int | str) -> int:
     """A seed in [0, 2^31) for `own_noise` from several parts, such as (seed, draw, "crop"): all combinations differ."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+def normal(noise: Tensor) -> Tensor:
+    """Uniform noise in [-1, 1] turned into normal noise of deviation 1."""
+    return 2**0.5 * torch.erfinv(noise.clamp(-1 + 1e-6, 1 - 1e-6))

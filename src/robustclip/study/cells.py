@@ -14,8 +14,8 @@ from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.classes import Classes
 from robustclip.component import Resolve, identity, rebuild, settings
 from robustclip.data.roles import role, role_names
-from robustclip.models import PRECISIONS
 from robustclip.defenses.base import Defense, as_defense
+from robustclip.models import PRECISIONS
 from robustclip.study.scales import Scale, parse_eps
 from robustclip.study.scales import scale as find_scale
 

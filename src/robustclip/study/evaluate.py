@@ -36,6 +36,7 @@ def evaluate(
     batch_size: int | None = None,
     audit: int = 0,
     fresh: bool = False,
+    only_known: bool = False,
 ) -> pd.DataFrame:
     """Measure every cell that neither the store nor the shipped results hold; tidy rows, in the order given.
 
@@ -45,7 +46,7 @@ def evaluate(
     `recompute_stale` measure again.
     `audit` = n also audits every image attack on the first n images; `flags` says what the audit found, or that there
     was none, and whether the attacker was blind to a defense. A cell that another process is measuring is waited for.
-    `fresh` ignores what is shipped.
+    `fresh` ignores what is shipped. `only_known` measures nothing: rows of what is stored or shipped, no others.
     """
     check_integer("audit", audit, 0)
     cells, store, bench = list(cells), Store(store), Bench(device)
@@ -53,18 +54,22 @@ def evaluate(
     roles = list(dict.fromkeys((cell.role, cell.n) for cell in cells))
     order = sorted(range(len(cells)), key=lambda place: roles.index((cells[place].role, cells[place].n)))
     rows: dict[int, list[dict]] = {}
-    for wait in (False, True):  # cells that another process holds come last
+    for wait in (False, True)[: 2 - only_known]:  # cells that another process holds come last
         for place in progress([place for place in order if place not in rows], "cells", unit="cell"):
-            found = _found(cells[place], bench, store, size, audit, wait, fresh)
+            found = _found(cells[place], bench, store, size, audit, wait, fresh, only_known)
             if found:
                 rows[place] = _rows(cells[place].describe(), *found)
-    return pd.DataFrame([row for place in range(len(cells)) for row in rows[place]], columns=COLUMNS)
+    return pd.DataFrame([row for place in range(len(cells)) for row in rows.get(place, ())], columns=COLUMNS)
 
 
 def _found(
-    cell: Cell, bench: Bench, store: Store, batch_size: int | None, audit: int, wait: bool, fresh: bool
-) -> tuple[dict, str, bool] | None:
-    """The record of a cell, where it is from, and whether it is stale; None if another process is measuring it."""
+    cell: Cell, bench: Bench, store: Store, batch_size: int | None, audit: int, wait: bool, fresh: bool,
+    only_known: bool,
+) -> tuple[dict, str, bool] | None:  # fmt: skip
+    """The record of a cell, where it is from, and whether it is stale; None if there is none yet.
+
+    Another process may be measuring it, or it is `only_known` ones that are asked for.
+    """
     key, code = bench.key(cell), bench.provenance(cell, TASK[cell.task])
     files = store.cell(cell.scale.name, key)
     audit = audit if cell.attack is not None and cell.attack.changes_images else 0
@@ -78,7 +83,7 @@ def _found(
     def enough(found: tuple[dict, str, bool] | None) -> bool:
         return bool(found) and found[0].get("audited", 0) >= audit and not (found[2] and cell.scale.recompute_stale)
 
-    if enough(found := known()):
+    if enough(found := known()) or only_known:
         files.tidy()
         return found
     with files.claimed(wait) as mine:

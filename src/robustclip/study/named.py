@@ -1,16 +1,22 @@
-"""The attacks that go by names in papers and tables, as a scale plays them.
+"""The attacks and defenses that go by names in papers and tables, as a scale plays them.
 
 "PGD-100", "CW-10"                     steps up the cross-entropy or the margin; the number may be played by another one
 "APGD-CE", "APGD-DLR", "APGD-T", "Square", "AutoAttack"
 "BERT-Attack"                          on prompts, as MMCoA released it; "BERT-Attack-aligned" as first published
 "BERT-Attack-labels"                   chosen to raise the loss on held-out images
 "Synonyms"                             the same search among synonyms, so that the meaning is kept
+"PGD-10:last", "CW-10:last"            as the test-time papers attack: steps of length eps to the end, come what may
+"PGD-10:target"                        the same towards the runner-up class; "label-free": away from the image's feature
+"aware"                                the attacker who knows the defense; "aware:smooth" and so on, with one aim
 "PGD-100+BERT-Attack"                  both, without interaction; ":attacked" or ":worst" appended for other readings
 "Co-Attack", "SGA"
+
+Defenses count pixels in units of the scale's reference budget, which is to its pictures what 1/255 is to the papers'.
 """
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from robustclip.attacks import (
     APGD,
@@ -20,14 +26,28 @@ from robustclip.attacks import (
     AutoAttack,
     BertAttack,
     CoAttack,
+    FeaturePGD,
     LabelAwareBertAttack,
     SepAttack,
     Square,
     SynonymAttack,
     UniformNoise,
 )  # fmt: skip
+from robustclip.attacks.aware import Aware
+from robustclip.checks import check_choice
+from robustclip.defenses.anchors import NoiseAnchor
+from robustclip.defenses.base import Defense
+from robustclip.defenses.baselines import AntiAdversary, Hedge, LowPass, RandomNoise
+from robustclip.defenses.clipure import DESCRIBED, RELEASED, CLIPureDiff
+from robustclip.defenses.cola import COLA
+from robustclip.defenses.consistency import SelfConsistency
+from robustclip.defenses.counterattack import Counterattack
+from robustclip.defenses.mean_shift import MTA
+from robustclip.defenses.prompt_tuning import RTPT, TPT
+from robustclip.defenses.views import TTE, Mirrored, Views
 
 STANDARD = 100  # steps of AutoAttack's parts and of the papers' Co-Attack
+AWARE = 50  # steps of the attacker who knows the defense
 QUERIES = 50  # of Square for each step of APGD, as in AutoAttack
 
 # name -> (eps, steps, seed) -> attack; steps are the scale's for that name, else the standard ones
@@ -40,6 +60,8 @@ IMAGES: dict[str, Callable[[float, int, int], Callable]] = {
     "Square": lambda eps, steps, seed: Square(eps=eps, queries=QUERIES * steps, seed=seed),
     "AutoAttack": lambda eps, steps, seed: AutoAttack(eps=eps, steps=steps, queries=QUERIES * steps, seed=seed),
     "Co-Attack": lambda eps, steps, seed: CoAttack(eps=eps, steps=steps, seed=seed, text=TEXTS["BERT-Attack"]),
+    "label-free": lambda eps, steps, seed: FeaturePGD(eps=eps, steps=10, seed=seed),
+    "aware": lambda eps, steps, seed: Aware(eps=eps, steps=steps, seed=seed),
     "SGA": lambda eps, steps, seed: SGA(eps=eps, steps=min(steps, 10), seed=seed),
 }
 STEPPED: dict[str, Callable[[float, int, int], Callable]] = {
@@ -68,7 +90,92 @@ def named_attack(name: str, eps: float, steps: Mapping[str, int], seed: int = 0)
     elif name in TEXTS:
         return TEXTS[name]
     elif name in IMAGES:
-        return IMAGES[name](eps, steps.get(name, STANDARD), seed)
+        return IMAGES[name](eps, steps.get(name, AWARE if name == "aware" else STANDARD), seed)
     elif match := re.fullmatch(r"(PGD|CW)-([1-9]\d*)", name):
         return STEPPED[match[1]](eps, steps.get(name, steps.get(f"PGD-{match[2]}", int(match[2]))), seed)
+    elif match := re.fullmatch(r"(PGD|CW)-([1-9]\d*):(last|target)", name):
+        loss = "ce" if match[1] == "PGD" else "margin"
+        return PGD(
+            eps=eps, steps=int(match[2]), step_size=eps, keep="last", stop=False, loss=loss, seed=seed,
+            targets=int(match[3] == "target"),
+        )  # fmt: skip
+    elif name.startswith("aware:"):
+        return Aware(eps=eps, steps=steps.get("aware", AWARE), aims=(name.removeprefix("aware:"),), seed=seed)
     raise ValueError(f"unknown attack {name!r}; choose one of: {', '.join(NAMES)} (or PGD-k, CW-k for k steps)")
+
+
+# --- defenses ---------------------------------------------------------------------------------------------------------
+
+
+def _counterattack(unit: float, **settings: object) -> Counterattack:
+    return Counterattack(**{"step_size": unit, "radius": 4 * unit} | settings)
+
+
+def _consistency(unit: float, **settings: object) -> SelfConsistency:
+    warmup = _counterattack(unit, threshold=settings.pop("threshold", 0.2))
+    return SelfConsistency(**{"warmup": warmup, "step_size": unit, "radius": 4 * unit} | settings)
+
+
+PLAIN = {"projection": "off", "solver": "independent", "view_weights": "uniform", "text_weights": "uniform"}
+# name -> (unit, thresholds of the world) -> defense; a unit is 1/255 at the papers' scale
+DEFENSES: dict[str, Callable[[float, Mapping[str, float]], Defense]] = {
+    "RN": lambda unit, known: RandomNoise(radius=4 * unit),
+    "Mirror": lambda unit, known: Mirrored(),
+    "TTE": lambda unit, known: TTE(),
+    "TTE-released": lambda unit, known: TTE(released=True),
+    "Views-5": lambda unit, known: Views(count=5),
+    "Ensemble": lambda unit, known: Views(),
+    "Anti-adversary": lambda unit, known: AntiAdversary(step_size=unit, radius=4 * unit),
+    "HD": lambda unit, known: Hedge(step_size=unit, radius=4 * unit),
+    "LPF": lambda unit, known: LowPass(),
+    "TTC": lambda unit, known: _counterattack(unit),
+    "TTC-open": lambda unit, known: _counterattack(unit, threshold=None),
+    "TTC-calibrated": lambda unit, known: _counterattack(unit, threshold=known["keep"]),
+    "TTC-reversed": lambda unit, known: _counterattack(unit, threshold=known["reverse"], reverse=True),
+    "TTC-zero": lambda unit, known: _counterattack(unit, threshold=known["keep"], closed="nothing"),
+    "TTC-pixels": lambda unit, known: Counterattack(),
+    "DOC": lambda unit, known: _counterattack(
+        unit, steps=4, step_size=3 * unit, beta=None, drift="cosine", drift_draws=4, threshold=known["cosine"],
+        sharpness=5.0, momentum=0.9, orthogonal=0.5,
+    ),
+    "MAC": lambda unit, known: _counterattack(
+        unit, steps=4, step_size=2 * unit, radius=8 * unit, beta=None, drift="mirror", threshold=0.7, sharpness=70.0,
+        mirrored=True,
+    ),
+    "SCC": lambda unit, known: _consistency(unit),
+    "SCC-zero": lambda unit, known: _consistency(unit, start="zero"),
+    "SCC-calibrated": lambda unit, known: _consistency(unit, threshold=known["keep"], gated=True),
+    "SCC-neither": lambda unit, known: _consistency(unit, steps=0, count=1),
+    "SCC-semantic": lambda unit, known: _consistency(unit, count=1),
+    "SCC-spatial": lambda unit, known: _consistency(unit, steps=0),
+    "CLIPure-released": lambda unit, known: RELEASED,
+    "CLIPure": lambda unit, known: replace(DESCRIBED, step_size=0.03),
+    "CLIPure-0.1": lambda unit, known: DESCRIBED,
+    "CLIPure-Diff": lambda unit, known: CLIPureDiff(),
+    "TPT": lambda unit, known: TPT(),
+    "R-TPT": lambda unit, known: RTPT(),
+    "MTA": lambda unit, known: MTA(),
+    "Noise anchor": lambda unit, known: NoiseAnchor(deviation=8 * unit),
+    "COLA": lambda unit, known: COLA(),
+    "COLA-no-projection": lambda unit, known: COLA(projection="off"),
+    "COLA-random": lambda unit, known: COLA(projection="random"),
+    "COLA-independent": lambda unit, known: COLA(solver="independent"),
+    "COLA-means": lambda unit, known: COLA(**PLAIN),
+    "COLA-one-view": lambda unit, known: COLA(crops=Views(count=1), **PLAIN),
+    "COLA-printed": lambda unit, known: COLA(view_weights="printed"),
+}  # fmt: skip
+
+
+def named_defense(name: str, unit: float, thresholds: Mapping[str, float]) -> Defense | None:
+    """The defense called `name`, its pixels in units; None for "none".
+
+    `thresholds` are those of the world, which `tools/calibrate.py` measures on training images.
+    """
+    if name == "none":
+        return None
+    try:
+        return DEFENSES[check_choice("defense", name, DEFENSES)](unit, thresholds)
+    except KeyError as error:
+        raise ValueError(
+            f"{name} needs [defenses] {error} in the scale's file; measure it with tools/calibrate.py"
+        ) from None

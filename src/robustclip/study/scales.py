@@ -17,8 +17,9 @@ from typing import Any
 from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.data.roles import role, role_names
 from robustclip.data.sources import SOURCES
+from robustclip.defenses.base import Defense
 from robustclip.models import PRECISIONS
-from robustclip.study.named import NAMES, named_attack
+from robustclip.study.named import NAMES, named_attack, named_defense
 from robustclip.training.recipes import Recipe, named_recipe
 
 WORLDS = ("tinyworld", "photo", "paper")  # drawings, photographs, the papers' own sets
@@ -56,6 +57,7 @@ class Scale:
     steps: dict[str, int] = field(hash=False)
     training: dict = field(hash=False)  # settings of all recipes, and in tables of their own those of single ones
     sizes: dict[str, int] = field(default_factory=dict, hash=False)  # images of a table, by "page/table"
+    defenses: dict[str, float] = field(default_factory=dict, hash=False)  # thresholds, by `tools/calibrate.py`
     seeds: int = 1  # of training, where a table does not say otherwise
     precision: str = "float32"  # of the gradients of attacks; what they find is judged in float32
     assumed_speed: float | None = None  # image passes a second, for plans before anything was measured
@@ -130,6 +132,10 @@ class Scale:
         except TypeError as error:
             raise ValueError(f"[training] of scale {self.name!r} does not fit {name}: {error}") from error
 
+    def defense(self, name: str) -> Defense | None:
+        """The defense called `name`, its pixels in units of the reference eps; None for "none"."""
+        return named_defense(name, self.reference_eps, self.defenses)
+
     def attack(self, name: str, eps: str | float | None = None, seed: int = 0) -> Callable | None:
         """The attack that plays `name` here, at the reference eps unless told otherwise; None for "clean"."""
         budget = check_range("eps", self.reference_eps if eps is None else parse_eps(eps), 0, 1)
@@ -166,7 +172,18 @@ def _read(text: str, name: str, file: str = "") -> Scale:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"scale {name!r} is not valid TOML: {error}") from error
     needed = {"source", "reference_eps", "images", "batch_size", "recompute_stale", "models"}
-    optional = {"world", "roles", "role_images", "steps", "training", "sizes", "seeds", "precision", "assumed_speed"}
+    optional = {
+        "world",
+        "roles",
+        "role_images",
+        "steps",
+        "training",
+        "sizes",
+        "defenses",
+        "seeds",
+        "precision",
+        "assumed_speed",
+    }
     if wrong := needed ^ (table.keys() - optional):
         raise ValueError(f"scale {name!r} has wrong keys ({', '.join(sorted(wrong))} missing or unknown); it needs "
                          f"{', '.join(sorted(needed))} and may have {', '.join(sorted(optional))}")  # fmt: skip
