@@ -49,7 +49,7 @@ models: $(STAMP) ## Train the embedded models again, two at a time; those of pho
 export: $(STAMP) ## Write what was measured to results, from where it is shipped (SCALE=quick|full|photo|paper)
 	$(BIN)/robustclip export $(if $(SCALE),--scale $(SCALE))
 
-bench: $(STAMP) ## Time our attacks and their rivals side by side, to benchmarks/results (ONLY=image|text|attacks)
+bench: $(STAMP) ## Time our attacks and their rivals side by side, to benchmarks/results (ONLY=image|text|attacks|defenses)
 	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY))
 
 linkcheck: notebooks ## Check every link in the book (needs the network)

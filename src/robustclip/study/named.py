@@ -24,6 +24,7 @@ from robustclip.attacks import (
     PGD,
     SGA,
     AutoAttack,
+    Aware,
     BertAttack,
     CoAttack,
     FeaturePGD,
@@ -33,7 +34,6 @@ from robustclip.attacks import (
     SynonymAttack,
     UniformNoise,
 )  # fmt: skip
-from robustclip.attacks.aware import Aware
 from robustclip.checks import check_choice
 from robustclip.defenses.anchors import NoiseAnchor
 from robustclip.defenses.base import Defense

@@ -9,9 +9,11 @@ from typing import Any
 
 from robustclip.study.cells import Cell, grid
 from robustclip.study.scales import Scale
+from robustclip.study.trained import Tuned, fine_tuned
 
 ROLES = ("cifar10", "caltech101", "stl10", "pets")  # of the tables with every attack
-AWARE_ROLES = ROLES[:2]
+AWARE_ROLES = ROLES
+BEHIND_HOSTS = ("none", "RN", "Mirror", "TTE", "TTC", "TTC-open", "SCC", "COLA")
 USUAL = ("clean", "PGD-10:last")
 ATTACKS = (*USUAL, "CW-10:last", "AutoAttack", "label-free", "PGD-10:target")
 SIZES = {"Ensemble": "views", "TPT": "views", "R-TPT": "views", "MTA": "views"}  # 64 passes and more
@@ -32,6 +34,12 @@ def aware(
 ) -> list[Cell]:  # fmt: skip
     """Images attacked by somebody who knows the defense."""
     return _cells(scale, defenses, roles, attacks, models, "aware", "testtime/aware", **more)
+
+
+def hosts(scale: Scale, device: str = "auto") -> dict[str, Tuned]:
+    """Adversarially fine-tuned CLIPs behind which defenses are put, trained when a cell that is missing needs them."""
+    settings = {"precision": PRECISION} | scale.training.get("hosts", {})
+    return {"TeCoA": fine_tuned(scale, ["TeCoA"], "tinyimagenet", device=device, **settings)["TeCoA/tinyimagenet"]}
 
 
 def _cells(
