@@ -85,7 +85,7 @@ def test_without_a_step_or_noise_it_is_plain_clip(classifier, images, path, sett
 @pytest.mark.parametrize("angle", [0.1, 0.6, 1.4])
 def test_the_sphere_turns_by_the_step_and_the_straight_path_along_the_chord(step, angle):
     """In the plane of z and a, z at angle zero."""
-    place, anchor = torch.eye(3).double()[:1], torch.tensor([[math.cos(angle), math.sin(angle), 0]]).double()
+    place, anchor = torch.tensor([[[1, 0, 0]], [[math.cos(angle), math.sin(angle), 0]]], dtype=torch.float64)
     turned = {path: NoiseAnchor(path=path, step=step).moved(place, anchor)[0] for path in PATHS}
     reached = {path: math.atan2(end[1], end[0]) for path, end in turned.items()}
     chord = math.atan2(step * math.sin(angle), 1 - step + step * math.cos(angle))

@@ -334,7 +334,7 @@ def test_the_image_that_most_draws_get_wrong_comes_back():
         (AntiAdversary(), {"answer", "margin", "guess"}),
         (Mirrored(), {"answer", "margin", "views"}),
         (TTE(), {"answer", "margin", "views"}),
-        (COLA(), {"answer", "margin", "views"}),
+        (COLA(), {"answer", "margin", "views", "smooth"}),
         (Counterattack(), {"answer", "margin", "smooth", "gate"}),
         (Counterattack(threshold=None), {"answer", "margin", "smooth"}),
         (SelfConsistency(), {"answer", "margin", "smooth", "gate", "views", "guess"}),

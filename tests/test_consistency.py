@@ -106,7 +106,7 @@ def answer_by_hand(defense, classifier, image, delta, draw):
     ids=repr,
 )
 def test_scc_is_the_loop(exact, images, defense):
-    pixels = images.double()
+    pixels = images[:3].double()
     deltas = [corrected_by_hand(defense, exact, image, 7) for image in pixels]
     answers = [answer_by_hand(defense, exact, image, delta, 7) for image, delta in zip(pixels, deltas, strict=True)]
     torch.testing.assert_close(defense.correction(exact, pixels, 7), torch.stack(deltas), rtol=0, atol=1e-9)
@@ -147,7 +147,7 @@ def test_classes_may_come_in_any_order(exact, images):
     order = torch.randperm(10, generator=torch.Generator().manual_seed(2))
     prompts = [exact.prompts[place] for place in order.tolist()]
     other = ZeroShotClassifier(exact.clip, prompts, exact.text_features[order])
-    pixels, defense = images.double(), SelfConsistency(steps=2)
+    pixels, defense = images[:2].double(), SelfConsistency(steps=2)
     torch.testing.assert_close(defense(other)(pixels), defense(exact)(pixels)[:, order], rtol=0, atol=1e-9)
 
 

@@ -127,7 +127,7 @@ def each(function, defense, classifier, images, draw):
     ids=repr,
 )  # fmt: skip
 def test_images_behind_open_gates_get_the_counterattack(exact, images, defense):
-    pixels = images.double()
+    pixels = images[:3].double()
     expected = torch.stack(each(ttc, defense, exact, pixels, 7))
     torch.testing.assert_close(defense.correction(exact, pixels, 7), expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(defense(exact).at(7)(pixels), exact(pixels + expected), rtol=0, atol=1e-9)

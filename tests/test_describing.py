@@ -62,7 +62,7 @@ def test_knowledge_comes_before_templates():
     assert any("aircraft" in text for text in texts[1:8])
     assert "This is a photo of a aeroplane" in texts[:10]
     name, prompt = named("cifar10")[0]
-    assert all(text.startswith(prompt + ". ") for text in class_texts(name, prompt, 4)[1:])
+    assert all(text.startswith(prompt + ". ") for text in class_texts(name, prompt, 4, lexicon="tinyworld")[1:])
 
 
 def test_every_text_but_sentences_names_the_class():
@@ -91,7 +91,7 @@ def test_drawn_classes_are_told_in_words_that_the_small_world_knows(one, tokeniz
     strange = {}
     for name, prompt in named(one):
         own = set(tokenizer.tokenizer.tokenize(prompt))
-        for text in class_texts(name, prompt, 50):
+        for text in class_texts(name, prompt, 50, lexicon="tinyworld"):
             tokens = set(tokenizer.tokenizer.tokenize(text)) - own
             if any(token == "[UNK]" or token.startswith("##") for token in tokens):
                 strange.setdefault(name, []).append(text)
@@ -101,7 +101,7 @@ def test_drawn_classes_are_told_in_words_that_the_small_world_knows(one, tokeniz
 @pytest.mark.parametrize("one", DRAWN)
 def test_different_texts_are_different_to_the_model(one, tokenizer):
     for name, prompt in named(one):
-        texts = class_texts(name, prompt, 50)
+        texts = class_texts(name, prompt, 50, lexicon="tinyworld")
         tokens = {tuple(row) for row in tokenizer(list(texts)).tolist()}
         assert len(tokens) == len(texts), name
 

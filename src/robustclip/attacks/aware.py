@@ -19,6 +19,7 @@ What a defense tells, besides `surrogate` and `gate`, are methods like `logits` 
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class Aware(Attack):
     gate_weight: float = 10.0
     slack: float = 0.1
     seed: int = 0
+    stop: ClassVar[bool] = False  # `perturb` says who is left alone: a mean over draws does not
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,8 +89,19 @@ class Aware(Attack):
 
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """The image that most draws get wrong, over all aims; of equals the one of the highest margin."""
-        aims = enumerate(aims_against(classifier, self.aims))
-        return best_of([partial(self._climb, classifier, images, labels, *aim) for aim in aims], images)
+        aims, found = list(aims_against(classifier, self.aims)), images.clone()
+        if not aims:
+            raise ValueError(
+                f"aims={self.aims!r} are not open here: the defense tells nothing of them; give others, or ()"
+            )
+        rows = (~self._wrong(classifier, images, labels).all(0)).nonzero()[:, 0]
+        climbs = [partial(self._climb, classifier, images[rows], labels[rows], *aim) for aim in enumerate(aims)]
+        found[rows] = best_of(climbs, images[rows])
+        return found
+
+    def _wrong(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """Which of the draws that compare get which images wrong, (judged, n)."""
+        return torch.stack([fooled(one, labels) for one in self._answers(classifier, images)])
 
     def _climb(
         self, classifier: Classifier, images: Tensor, labels: Tensor, turn: int, aim: str, rows: Tensor
@@ -101,8 +114,8 @@ class Aware(Attack):
             keep="last" if is_random(classifier) else "best", stop=not is_random(classifier),
         ).images  # fmt: skip
         answers = self._answers(classifier, found)
-        wrong = torch.stack([fooled(one, true) for one in answers]).double().mean(0)
-        return Outcome(found, wrong + 0.5 * margin(answers.mean(0), true).sigmoid(), wrong == 1)
+        wrong = torch.stack([fooled(one, true) for one in answers]).double()
+        return Outcome(found, wrong.sum(0) + 0.5 * margin(answers.mean(0), true).sigmoid(), wrong.all(0))
 
     def _objective(self, classifier: Classifier, labels: Tensor, aim: str) -> Objective:
         """What an aim maximises; every call takes new draws. Where nothing is random, it says who has won."""
@@ -112,7 +125,7 @@ class Aware(Attack):
             if not is_random(classifier):
                 loss, logits = self._loss(classifier, points, labels[rows], aim)
                 return loss, fooled(self.look(classifier, points) if logits is None else logits, labels[rows])
-            first = next(steps) * self.draws
+            first = next(steps) * self.draws % JUDGED_FROM
             drawn = (redrawn(classifier, first + turn) for turn in range(self.draws))
             return sum(self._loss(one, points, labels[rows], aim)[0] for one in drawn) / self.draws, None
 
@@ -138,7 +151,7 @@ class Aware(Attack):
     def passes(self, classes: int) -> tuple[int, int]:
         """Of the aims named, or else of three: what a defense declares is not known here."""
         climbs = len(self.aims) or 3
-        return self.judged + climbs * (self.steps * self.draws + self.judged), climbs * self.steps * self.draws
+        return 2 * self.judged + climbs * (self.steps * self.draws + self.judged), climbs * self.steps * self.draws
 
 
 def aims_against(classifier: Classifier, wanted: tuple[str, ...] = ()) -> Iterator[str]:

@@ -9,6 +9,7 @@ No code was to be had; what its paper leaves open is a field here, and so is eve
     COLA(projection="off", solver="independent", view_weights="uniform", text_weights="uniform")   plain means
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.checks import check_choice, check_integer, check_range
-from robustclip.component import component
-from robustclip.data.describing import class_texts
+from robustclip.component import component, digest_of
+from robustclip.data.describing import LEXICONS, class_texts
 from robustclip.defenses.base import Classifier, Defense, undefended
 from robustclip.defenses.transport import exact, independent, sinkhorn
 from robustclip.defenses.views import Views, entropy
@@ -36,12 +37,14 @@ class COLA(Defense):
     a = softmax(-h / tau) over the views, h the entropy of softmax(s <x_n, mean_m z_y^m>); "printed": softmax(+h)
     b_y = softmax(-h / tau') over the texts, h the entropy when the image's own logit of class y is that of text m
 
-    The logits are -s d_y, s the CLIP's logit scale. `texts` per class come from `data.describing`. The plan counts as a
-    constant in the gradient, which by the envelope theorem is right for an exact one.
+    The logits are -s d_y, s the CLIP's logit scale. `texts` per class come from `data.describing`, in the words of a
+    `lexicon`. The plan counts as a constant in the gradient, which by the envelope theorem is right for the cost; what
+    the weights contribute through the plan is left out, and `smooth` has it.
     """
 
     crops: Views = Views(count=5)
     texts: int = 50
+    lexicon: str = "wordnet"
     dimensions: int = 0
     projection: str = "texts"
     centred: bool = False
@@ -59,6 +62,7 @@ class COLA(Defense):
         check_integer("texts", self.texts, 1)
         check_integer("dimensions", self.dimensions, 0)
         check_integer("sweeps", self.sweeps, 1)
+        check_choice("lexicon", self.lexicon, LEXICONS)
         check_choice("projection", self.projection, ("texts", "random", "off"))
         check_choice("solver", self.solver, SOLVERS)
         check_choice("view_weights", self.view_weights, ("confident", "printed", "uniform"))
@@ -70,9 +74,11 @@ class COLA(Defense):
 
     def text_features(self, plain: ZeroShotClassifier) -> Tensor:
         """z (classes, texts, d), unit rows: the prompt, its descriptions, and what `data.describing` adds."""
+        if not torch.equal(plain.text_features, plain.clip.text_features(plain.prompts)):  # no prompts made them
+            return plain.text_features[:, None].expand(-1, self.texts, -1)
         classes, told = plain.classes, plain.classes.descriptions or [()] * len(plain.classes)
         rows = zip(classes.names, classes.prompts, told, strict=True)
-        texts = [text for name, prompt, own in rows for text in class_texts(name, prompt, self.texts, own)]
+        texts = [text for row in rows for text in class_texts(*row[:2], self.texts, row[2], self.lexicon)]
         return plain.clip.text_features(texts).view(len(classes), self.texts, -1)
 
     def basis(self, plain: ZeroShotClassifier) -> Tensor | None:
@@ -84,7 +90,7 @@ class COLA(Defense):
         if self.projection == "random":
             numbers = torch.randn(texts.shape[1], kept, generator=torch.Generator().manual_seed(self.seed))
             return torch.linalg.qr(numbers)[0].to(texts)
-        name = ("COLA", kept, self.centred, self.texts, plain.classes)
+        name = ("COLA", kept, self.centred, digest_of(texts))
         return plain.clip.remembered(name, lambda: subspace(texts, kept, self.centred))
 
     # --- per image
@@ -132,7 +138,7 @@ class COLA(Defense):
         features, means = self.features(classifier, images, draw), texts.mean(1)
         a = self.weights_of_views(features, means, scale)
         seen = features if basis is None else F.normalize(features @ basis @ basis.T, dim=2)
-        step = max(1, TOGETHER // (len(images) * features.shape[1] * self.texts))
+        step = max(1, TOGETHER // max(1, len(images) * features.shape[1] * self.texts))
         found = []
         for first in range(0, len(texts), step):
             part = slice(first, first + step)
@@ -150,6 +156,15 @@ class COLA(Defense):
     def logits(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """-s d_y."""
         return -undefended(classifier).clip.logit_scale.float() * self.distances(classifier, images, draw)
+
+    def smooth(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
+        """The answer of the plan a b^T, through which the weights have a slope."""
+        return replace(self, solver="independent").logits(classifier, images, draw)
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """The independent plan is its own smooth version, and one view is no vote."""
+        return ("smooth",) * (self.solver == "independent") + ("views",) * (self.crops.count == 1)
 
     def views(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """Logits of each view on the mean texts, which is what an attack on all views at once climbs."""

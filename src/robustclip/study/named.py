@@ -166,15 +166,16 @@ DEFENSES: dict[str, Callable[[float, Mapping[str, float]], Defense]] = {
 }  # fmt: skip
 
 
-def named_defense(name: str, unit: float, thresholds: Mapping[str, float]) -> Defense | None:
-    """The defense called `name`, its pixels in units; None for "none".
+def named_defense(name: str, unit: float, thresholds: Mapping[str, float], lexicon: str = "wordnet") -> Defense | None:
+    """The defense called `name`, its pixels in units, its words from a lexicon; None for "none".
 
     `thresholds` are those of the world, which `tools/calibrate.py` measures on training images.
     """
     if name == "none":
         return None
     try:
-        return DEFENSES[check_choice("defense", name, DEFENSES)](unit, thresholds)
+        found = DEFENSES[check_choice("defense", name, DEFENSES)](unit, thresholds)
+        return replace(found, lexicon=lexicon) if hasattr(found, "lexicon") else found
     except KeyError as error:
         raise ValueError(
             f"{name} needs [defenses] {error} in the scale's file; measure it with tools/calibrate.py"

@@ -134,7 +134,8 @@ class Scale:
 
     def defense(self, name: str) -> Defense | None:
         """The defense called `name`, its pixels in units of the reference eps; None for "none"."""
-        return named_defense(name, self.reference_eps, self.defenses)
+        lexicon = "tinyworld" if self.world == "tinyworld" else "wordnet"
+        return named_defense(name, self.reference_eps, self.defenses, lexicon)
 
     def attack(self, name: str, eps: str | float | None = None, seed: int = 0) -> Callable | None:
         """The attack that plays `name` here, at the reference eps unless told otherwise; None for "clean"."""
