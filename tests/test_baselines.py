@@ -328,6 +328,20 @@ def test_anti_adversary_gives_all_its_steps_to_the_colour_ahead():
     torch.testing.assert_close(delta, expected.expand_as(delta), rtol=0, atol=1e-6)
 
 
+def test_anti_adversary_holds_on_to_its_first_decision():
+    """The first step overshoots, so that the other class is ahead; the second one goes back."""
+
+    def wavy(images):
+        mean = images.mean((1, 2, 3))
+        return torch.stack([torch.cos(40 * mean), 0 * mean], 1)
+
+    grey = torch.full((1, 3, 4, 4), 0.5)
+    once, twice = (AntiAdversary(steps=steps, step_size=0.1, radius=None).correction(wavy, grey, 0) for steps in (1, 2))
+    assert wavy(grey).argmax() == 0
+    assert wavy(grey + once).argmax() == 1
+    torch.testing.assert_close(twice, torch.zeros_like(grey), rtol=0, atol=1e-6)
+
+
 def test_anti_adversary_makes_every_decision_surer(classifier, images):
     plain, found = classifier(images).softmax(1), AntiAdversary()(classifier)(images).softmax(1)
     assert torch.equal(found.argmax(1), plain.argmax(1))
@@ -382,7 +396,7 @@ KEPT = {
 @pytest.mark.parametrize("kind", KEPT)
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 7), (6, 10)])
 def test_a_low_pass_weighs_the_waves_of_each_channel(kind, height, width):
-    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round()
     expected = torch.stack([filtered(channel, KEPT[kind](0.31 * width)) for channel in image]).clamp(0, 1)
     found = LowPass(radius=0.31, kind=kind).logits(lambda images: images, image[None], 0)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -223,6 +223,7 @@ def test_an_area_from_a_list_is_the_same_setting():
     assert identity(Views(area=[0.3, 1.0])) == identity(Views(area=(0.3, 1.0)))
 
 
-def test_bytes_are_refused(classifier, images):
+@pytest.mark.parametrize("average", ["logits", "features"])
+def test_bytes_are_refused(classifier, images, average):
     with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
-        Views(count=3)(classifier)(images * 255)
+        Views(count=3, average=average)(classifier)(images * 255)
