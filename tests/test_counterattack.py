@@ -189,6 +189,23 @@ def test_steps_lead_farther_away_than_noise(classifier, images):
     assert (distances.diff(dim=0) > 0).all()
 
 
+@pytest.mark.parametrize(
+    "defense",
+    [
+        Counterattack(steps=0),
+        Counterattack(steps=0, threshold=None, mirrored=True),
+        Counterattack(drift_draws=3),
+        Counterattack(drift="mirror", drift_draws=3, reverse=True),
+        Counterattack(original="tinyworld-clip", mirrored=True),
+    ],
+    ids=repr,
+)
+def test_passes_through_open_gates_are_as_declared(classifier, images, defense):
+    with models.count_passes() as passes:
+        defense(classifier)(images)
+    assert (passes.forward / 4, passes.backward / 4) == defense.passes(10)
+
+
 def test_closed_gates_spare_the_steps(classifier, images):
     defense = Counterattack(threshold=MIDDLE["relative"])
     opened = (defense.gate(classifier, images, 0) > 0).sum().item()
