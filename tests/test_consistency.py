@@ -288,7 +288,11 @@ def test_gated_passes_are_as_declared(classifier, images, drift, draws, threshol
     assert (passes.forward / len(images), passes.backward / len(images)) == defense.passes(10)
 
 
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"count": 1}, {"warmup": Counterattack(mirrored=True)}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 0}, {"steps": 0, "gated": True}, {"count": 1}, {"warmup": Counterattack(mirrored=True)}],
+    ids=str,
+)
 def test_passes_of_the_parts_are_as_declared(classifier, images, settings):
     defense = SelfConsistency(**settings)
     with models.count_passes() as passes:
