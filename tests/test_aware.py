@@ -343,7 +343,6 @@ def test_the_image_that_most_draws_get_wrong_comes_back():
         (SelfConsistency(warmup=Counterattack(threshold=None)), {"answer", "margin", "smooth", "views", "guess"}),
         (as_defense(lambda inner: inner), {"answer", "margin"}),
     ],
-    ids=repr,
 )
 def test_aims_are_those_that_a_defense_leaves_open(classifier, defense, aims):
     found = list(aims_against(defense(classifier).for_attack()))

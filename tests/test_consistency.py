@@ -267,7 +267,6 @@ def test_the_gate_is_the_warm_ups(classifier, images):
     ("settings", "missing"),
     [({}, set()), ({"count": 1}, {"views"}), ({"steps": 0}, {"guess"}),
      ({"warmup": Counterattack(threshold=None)}, {"gate"}), ({"steps": 0, "count": 1}, {"guess", "views"})],
-    ids=str,
 )  # fmt: skip
 def test_attackers_are_told_what_there_is(classifier, settings, missing):
     found = {*aims_against(SelfConsistency(**settings)(classifier))}
