@@ -60,7 +60,7 @@ def moved_by_hand(defense, place, anchor):
     "settings", [{}, {"step": 0.4, "copies": 3, "clamp": False, "deviation": 0.1, "seed": 1}], ids=str
 )
 def test_answers_are_those_of_loops(exact, images, path, settings):
-    defense, pixels = NoiseAnchor(path=path, **settings), images.double()
+    defense, pixels = NoiseAnchor(path=path, **settings), images[:2].double()
     moved = [moved_by_hand(defense, *anchor_by_hand(defense, exact.clip, image, 5)) for image in pixels]
     expected = exact.clip.logit_scale.float() * torch.stack(moved) @ exact.text_features.T
     torch.testing.assert_close(defense(exact).at(5)(pixels), expected, rtol=0, atol=1e-7)

@@ -50,7 +50,7 @@ CORRECTIONS = {
 }
 NOTHING_DONE = [
     Views(count=1), Views(count=1, average="features"), RandomNoise(radius=0), AntiAdversary(steps=0),
-    AntiAdversary(radius=0), Hedge(radius=0), LowPass(radius=1e4), Counterattack(radius=0),
+    AntiAdversary(radius=0), Hedge(steps=2, radius=0), LowPass(radius=1e4), Counterattack(radius=0),
     Counterattack(threshold=1e-9, closed="nothing"), NoiseAnchor(step=0, copies=2),
     SelfConsistency(warmup=Counterattack(radius=0), radius=0, count=1),
     SelfConsistency(warmup=Counterattack(radius=0), steps=0, count=1),
@@ -95,6 +95,11 @@ def test_an_answer_belongs_to_its_image_alone(exact, images, defense):
     backwards = torch.cat([defended(part) for part in pixels.flip(0).split(2)])
     torch.testing.assert_close(alone, whole, rtol=0, atol=1e-9)
     torch.testing.assert_close(backwards.flip(0), whole, rtol=0, atol=1e-9)
+
+
+def test_of_these_images_some_gates_are_open_and_some_are_closed(exact, images):
+    opened = HALF_OPEN.gate(exact, images[:3].double(), 2) > 0
+    assert 0 < opened.sum() < 3
 
 
 @every(DEFENSES)
@@ -313,7 +318,7 @@ def test_rn_is_uniform():
     ids=repr,
 )
 def test_anti_adversary_is_the_loop(exact, images, defense):
-    pixels = images[:3].double()
+    pixels = images[:2].double()
     expected = torch.stack([strengthened(defense, exact, image) for image in pixels])
     torch.testing.assert_close(defense.correction(exact, pixels, 0), expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(defense(exact)(pixels), exact(pixels + expected), rtol=0, atol=1e-9)

@@ -106,7 +106,7 @@ def answer_by_hand(defense, classifier, image, delta, draw):
     ids=repr,
 )
 def test_scc_is_the_loop(exact, images, defense):
-    pixels = images[:3].double()
+    pixels = images[:2].double()
     deltas = [corrected_by_hand(defense, exact, image, 7) for image in pixels]
     answers = [answer_by_hand(defense, exact, image, delta, 7) for image, delta in zip(pixels, deltas, strict=True)]
     torch.testing.assert_close(defense.correction(exact, pixels, 7), torch.stack(deltas), rtol=0, atol=1e-9)
