@@ -21,3 +21,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The repository's root folder."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """The embedded CLIP of Tinyworld."""
+    from robustclip import models
+
+    return models.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def classifier(clip):
+    """Its zero-shot classifier of role `cifar10`."""
+    from robustclip import models
+    from robustclip.data.roles import role
+
+    return models.zero_shot(clip, role("cifar10"))
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The same in float64, where no sign of a gradient hangs on rounding."""
+    from robustclip import models
+    from robustclip.data.roles import role
+
+    clip = models.load(device="cpu").double()
+    clip.raw_images = lambda images: clip.network.encode_image(clip.preprocess(images))
+    return models.zero_shot(clip, role("cifar10")).double()
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Four pictures of that role."""
+    from robustclip.data.roles import tinyworld_samples
+
+    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255

@@ -6,31 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robustclip import models
+from by_hand import normal_by_hand
 from robustclip.attacks.aware import aims_against
-from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses.anchors import NoiseAnchor
 from robustclip.defenses.views import Mirrored
 
 PATHS = ["straight", "sphere"]
-
-
-@pytest.fixture(scope="module")
-def classifier():
-    return models.zero_shot(models.load(device="cpu"), role("cifar10"))
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """The same in float64."""
-    clip = models.load(device="cpu").double()
-    clip.raw_images = lambda images: clip.network.encode_image(clip.preprocess(images))
-    return models.zero_shot(clip, role("cifar10")).double()
-
-
-@pytest.fixture(scope="module")
-def images():
-    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255
 
 
 def unit(vector):
@@ -39,9 +20,8 @@ def unit(vector):
 
 def anchor_by_hand(defense, clip, image, draw):
     """z and a of one image, copy by copy."""
-    uniform = defense.noise(image[None], draw, "copies", (defense.copies, *image.shape))[0].clamp(-1 + 1e-6, 1 - 1e-6)
-    anchor = 0
-    for noise in torch.special.ndtri((uniform + 1) / 2):
+    uniform, anchor = defense.noise(image[None], draw, "copies", (defense.copies, *image.shape))[0], 0
+    for noise in normal_by_hand(uniform):
         copy = image + defense.deviation * noise
         anchor = anchor + unit(clip.raw_images((copy.clamp(0, 1) if defense.clamp else copy)[None])[0])
     return unit(clip.raw_images(image[None])[0]), unit(anchor)
@@ -113,8 +93,8 @@ def test_an_image_that_noise_does_not_move_has_a_slope(classifier, images, path)
 def test_copies_go_through_the_defense_inside(classifier, images):
     """The feature of each is the mean over itself and its mirror image."""
     defense = NoiseAnchor(copies=1, step=1)
-    noise = defense.noise(images, 0, "copies", (1, *images.shape[1:]))[:, 0].clamp(-1 + 1e-6, 1 - 1e-6)
-    copies = (images + defense.deviation * torch.special.ndtri((noise.double() + 1) / 2).float()).clamp(0, 1)
+    noise = normal_by_hand(defense.noise(images, 0, "copies", (1, *images.shape[1:]))[:, 0].double())
+    copies = (images + defense.deviation * noise.float()).clamp(0, 1)
     features = classifier.clip.encode_images(copies) + classifier.clip.encode_images(copies.flip(3))
     expected = classifier.clip.logit_scale * F.normalize(features, dim=1) @ classifier.text_features.T
     torch.testing.assert_close(defense(Mirrored()(classifier))(images), expected, rtol=0, atol=1e-3)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from by_hand import noise_by_hand, project
 from robustclip import models
 from robustclip.attacks.aware import told
 from robustclip.component import identity, rebuild, settings
-from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses.anchors import NoiseAnchor
 from robustclip.defenses.baselines import AntiAdversary, Hedge, LowPass, RandomNoise
 from robustclip.defenses.consistency import SelfConsistency
@@ -59,24 +59,6 @@ NOTHING_DONE = [
 
 def every(defenses):
     return pytest.mark.parametrize("defense", defenses.values(), ids=defenses)
-
-
-@pytest.fixture(scope="module")
-def classifier():
-    return models.zero_shot(models.load(device="cpu"), role("cifar10"))
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """The same in float64, where no sign of a gradient hangs on rounding."""
-    clip = models.load(device="cpu").double()
-    clip.raw_images = lambda images: clip.network.encode_image(clip.preprocess(images))
-    return models.zero_shot(clip, role("cifar10")).double()
-
-
-@pytest.fixture(scope="module")
-def images():
-    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255
 
 
 def colours(images):
@@ -259,14 +241,6 @@ def test_bad_settings_are_named(kind, field, value):
 
 
 # --- the baselines against loops --------------------------------------------------------------------------------------
-
-
-def project(image, delta, radius):
-    return delta.clamp(-radius, radius).maximum(-image).minimum(1 - image)
-
-
-def noise_by_hand(defense, image, draw):
-    return project(image, defense.radius * defense.noise(image[None], draw, "start")[0], defense.radius)
 
 
 def gradient(loss, image, delta):

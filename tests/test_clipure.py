@@ -13,7 +13,7 @@ from robustclip import models
 from robustclip.attacks import PGD, UniformNoise
 from robustclip.attacks.aware import Aware, aims_against
 from robustclip.classes import Classes
-from robustclip.data.roles import role, tinyworld_samples
+from robustclip.data.roles import tinyworld_samples
 from robustclip.defenses.clipure import (
     DESCRIBED,
     PRIORS,
@@ -30,16 +30,6 @@ from robustclip.study.provenance import digests
 
 EPS = 6 / 255
 SETTINGS = [(30, 10), (30, 9), (30, 11), (1, 10), (0.3, 10), (0.1, 10), (0.03, 10), (0.01, 3), (2, 1)]
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return models.load(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def classifier(clip):
-    return models.zero_shot(clip, role("cifar10"))
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustclip import models
 from robustclip.attacks.aware import aims_against, told
 from robustclip.attacks.losses import cross_entropy
 from robustclip.classes import Classes
 from robustclip.component import component, identity
 from robustclip.data.describing import class_texts
-from robustclip.data.roles import role, tinyworld_samples
+from robustclip.data.roles import tinyworld_samples
 from robustclip.defenses.base import undefended
 from robustclip.defenses.cola import COLA, subspace
 from robustclip.defenses.views import TTE, Mirrored, Views
@@ -32,21 +31,6 @@ FEW = Classes(
 )
 FOUR = {"texts": 4}
 STEP = 1e-3  # of finite differences
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return models.load(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def images():
-    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255
-
-
-@pytest.fixture(scope="module")
-def classifier(clip):
-    return models.zero_shot(clip, role("cifar10"))
 
 
 @pytest.fixture(scope="module")

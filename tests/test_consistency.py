@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from by_hand import normal_by_hand, project
 from robustclip import models
 from robustclip.attacks.aware import aims_against
-from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses import consistency
 from robustclip.defenses.baselines import within
 from robustclip.defenses.consistency import SelfConsistency
@@ -22,29 +22,7 @@ from robustclip.models import ZeroShotClassifier
 HALF_OPEN = Counterattack(threshold=0.0245)  # between the scores of the images below
 
 
-@pytest.fixture(scope="module")
-def classifier():
-    return models.zero_shot(models.load(device="cpu"), role("cifar10"))
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """The same in float64, where no sign of a gradient hangs on rounding."""
-    clip = models.load(device="cpu").double()
-    clip.raw_images = lambda images: clip.network.encode_image(clip.preprocess(images))
-    return models.zero_shot(clip, role("cifar10")).double()
-
-
-@pytest.fixture(scope="module")
-def images():
-    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255
-
-
 # --- the method by hand, one image (3, h, w) at a time ----------------------------------------------------------------
-
-
-def project(image, delta, radius):
-    return delta.clamp(-radius, radius).maximum(-image).minimum(1 - image)
 
 
 def views_by_hand(defense, moved, image, draw, use):
@@ -52,8 +30,8 @@ def views_by_hand(defense, moved, image, draw, use):
     for turn in range(defense.count):
         view = moved if turn % 2 == 0 else moved.flip(2)
         if turn >= 2:
-            uniform = defense.noise(image[None], draw, f"{use} {turn}")[0].clamp(-1 + 1e-6, 1 - 1e-6)
-            view = (view + defense.deviation * torch.special.ndtri((uniform + 1) / 2)).clamp(0, 1)
+            noise = normal_by_hand(defense.noise(image[None], draw, f"{use} {turn}")[0])
+            view = (view + defense.deviation * noise).clamp(0, 1)
         views.append(view)
     return views
 

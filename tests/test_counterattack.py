@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from by_hand import noise_by_hand, project
 from robustclip import models
 from robustclip.attacks.aware import aims_against
-from robustclip.data.roles import role, tinyworld_samples
+from robustclip.data.roles import role
 from robustclip.defenses import counterattack
 from robustclip.defenses.baselines import RandomNoise
 from robustclip.defenses.counterattack import Counterattack
@@ -19,33 +20,7 @@ from robustclip.defenses.counterattack import Counterattack
 MIDDLE = {"relative": 0.0245, "cosine": 2.7e-4, "mirror": 0.97}  # between the scores of the images below
 
 
-@pytest.fixture(scope="module")
-def classifier():
-    return models.zero_shot(models.load(device="cpu"), role("cifar10"))
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """The same in float64, where no sign of a gradient hangs on rounding."""
-    clip = models.load(device="cpu").double()
-    clip.raw_images = lambda images: clip.network.encode_image(clip.preprocess(images))
-    return models.zero_shot(clip, role("cifar10")).double()
-
-
-@pytest.fixture(scope="module")
-def images():
-    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255
-
-
 # --- the methods by hand, one image (3, h, w) and one step at a time --------------------------------------------------
-
-
-def project(image, delta, radius):
-    return delta.clamp(-radius, radius).maximum(-image).minimum(1 - image)
-
-
-def noise_by_hand(defense, image, draw, part="start"):
-    return project(image, defense.radius * defense.noise(image[None], draw, part)[0], defense.radius)
 
 
 def gradient(distance, delta):

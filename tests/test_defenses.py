@@ -17,18 +17,8 @@ from robustclip.models import ZeroShotClassifier
 
 
 @pytest.fixture(scope="module")
-def clip():
-    return models.load(device="cpu")
-
-
-@pytest.fixture(scope="module")
 def images():
     return tinyworld_samples("cifar10", "test", 6)[0].float() / 255
-
-
-@pytest.fixture(scope="module")
-def classifier(clip):
-    return models.zero_shot(clip, role("cifar10"))
 
 
 @component

@@ -6,29 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robustclip import models
 from robustclip.attacks.aware import aims_against, told
 from robustclip.component import identity
-from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses.base import features_of
 from robustclip.defenses.mean_shift import MTA
 from robustclip.defenses.views import Views
 from robustclip.models import ZeroShotClassifier, count_passes
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return models.load(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def images():
-    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255
-
-
-@pytest.fixture(scope="module")
-def classifier(clip):
-    return models.zero_shot(clip, role("cifar10"))
 
 
 def random_units(*shape, seed=0):

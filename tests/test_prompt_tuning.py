@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from robustclip import models
 from robustclip.attacks.aware import aims_against, told
 from robustclip.component import identity
-from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses import prompt_tuning
 from robustclip.defenses.base import features_of
 from robustclip.defenses.prompt_tuning import RTPT, TPT, encode_moved, first_slopes, pulled_back, truncated
@@ -22,21 +21,6 @@ from robustclip.prompts import add_context
 SMALL = {"count": 12, "confident": 0.25, "seed": 3}
 TUNED = {"count": 12, "confident": 0.25, "seed": 3, "step_size": 0.02}  # where a step makes a difference
 NEAR = {"rtol": 1e-4, "atol": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return models.load(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def images():
-    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255
-
-
-@pytest.fixture(scope="module")
-def classifier(clip):
-    return models.zero_shot(clip, role("cifar10"))
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------

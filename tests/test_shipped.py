@@ -5,11 +5,11 @@ import random
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from robustclip.study import Cell, evaluate, is_stale, shipped_folder
 from robustclip.study.bench import TRAINED
 from robustclip.study.shipped import shipped_records
+from robustclip.study.statistics import mcnemar
 from robustclip.study.store import Store
 from robustclip.study.tasks import TASK
 
@@ -32,7 +32,7 @@ def test_a_sample_of_shipped_cells_measured_again_gives_the_same_answers(tmp_pat
         assert row["key"] == record["key"], record["cell"]
         answers = Store(tmp_path).cell(scale, row["key"]).read()["answers"]
         if _rounds_coarsely(record):
-            assert _paired_p(cell.task, answers, record["answers"]) > 1e-4, record["cell"]
+            assert mcnemar(*(_outcomes(cell.task, one) for one in (answers, record["answers"]))) > 1e-4, record["cell"]
         else:
             assert answers == record["answers"], record["cell"]
 
@@ -46,16 +46,9 @@ def _rounds_coarsely(record: dict) -> bool:
     return any(word in made for word in ('"bfloat16"', '"float16"', '"fab-t"'))
 
 
-def _paired_p(task: str, now: dict, before: dict) -> float:
-    """McNemar's p: whether images turned from right to wrong about as often as back."""
-    turned = [np.subtract(*pair) for pair in _hits(task, now, before)]
-    lost, won = ((np.concatenate(turned) == sign).sum() for sign in (-1, 1))
-    return binomtest(int(lost), int(lost + won)).pvalue if lost + won else 1.0
-
-
-def _hits(task: str, *answers: dict) -> list[tuple[np.ndarray, ...]]:
-    told = [TASK[task].hits(one) for one in answers]
-    return [tuple(one[metric].astype(int) for one in told) for metric in told[0]]
+def _outcomes(task: str, answers: dict) -> np.ndarray:
+    """Right or wrong, metric after metric."""
+    return np.concatenate([*TASK[task].hits(answers).values()])
 
 
 def _is_dear(record: dict) -> bool:

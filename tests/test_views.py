@@ -6,23 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robustclip import models
 from robustclip.attacks.aware import aims_against, told
 from robustclip.component import identity
-from robustclip.data.roles import role, tinyworld_samples
 from robustclip.defenses.base import features_of
 from robustclip.defenses.baselines import RandomNoise
 from robustclip.defenses.views import TTE, Mirrored, Views, cubic_weights, entropy, resampled, resized_crops, shifted
-
-
-@pytest.fixture(scope="module")
-def classifier():
-    return models.zero_shot(models.load(device="cpu"), role("cifar10"))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return tinyworld_samples("cifar10", "test", 4)[0].float() / 255
 
 
 def uniform(*shape, seed=0):
