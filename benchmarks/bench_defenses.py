@@ -8,12 +8,12 @@ from functools import partial
 
 import ot
 import torch
-from side_by_side import Timing, seconds, side_by_side
+from side_by_side import Timing, side_by_side
 from torch import Tensor
 
 from robustclip import models, study
 from robustclip.data.roles import role, tinyworld_samples
-from robustclip.defenses.base import Defense
+from robustclip.defenses.base import Defended, Defense
 from robustclip.defenses.cola import COLA
 from robustclip.defenses.transport import sinkhorn
 from robustclip.models import ZeroShotClassifier, count_passes
@@ -42,19 +42,18 @@ def pictures(n: int) -> Tensor:
 def duel(name: str, defense: Defense, classifier: ZeroShotClassifier, rounds: int) -> dict:
     """A defense's answers against as many passes forward, and backward, of the bare tower on the same pictures."""
     images = pictures(IMAGES // 10 if name in DEAR else IMAGES)
-    defended = defense(classifier)
-
-    def ours() -> Tensor:
-        with torch.no_grad():
-            return defended(images)
-
+    ours = partial(answer, defense(classifier), images)
     with count_passes() as passes:
         ours()
     timing = side_by_side(ours, partial(bare, classifier, images, passes.forward, passes.backward), rounds)
-    counted = (
-        f"{passes.forward / len(images):.1f} passes forward, {passes.backward / len(images):.1f} backward an image"
-    )
+    counted = f"{passes.forward / len(images):.1f} passes forward, {passes.backward / len(images):.1f} backward each"
     return timing.row(f"{name}, against its bare passes", note=f"{len(images)} pictures; {counted}")
+
+
+@torch.no_grad()
+def answer(defended: Defended, images: Tensor) -> Tensor:
+    """What a defended classifier says."""
+    return defended(images)
 
 
 def bare(classifier: ZeroShotClassifier, images: Tensor, forward: int, backward: int) -> None:
@@ -85,7 +84,8 @@ def transport(rounds: int) -> dict:
         return [ot.sinkhorn(a / a.sum(), b / b.sum(), one, SMOOTHING, numItermax=SWEEPS)
                 for one, a, b in zip(*few, strict=True)]  # fmt: skip
 
-    timing = side_by_side(lambda: sinkhorn(cost, rows, columns, SMOOTHING, COLA().sweeps), theirs, rounds)
+    ours = partial(sinkhorn, cost, rows, columns, SMOOTHING, COLA().sweeps)
+    timing = side_by_side(ours, theirs, rounds)
     plans = torch.tensor(timing.rival_result).float().view(-1, 200, 5, 50)
     apart = float((plans - timing.our_result[::EVERY]).abs().max())
     whole = Timing(timing.ours, [EVERY * spent for spent in timing.rival], None, None)
@@ -98,15 +98,8 @@ def transport(rounds: int) -> dict:
 def share(rounds: int) -> dict:
     """The whole of COLA on a set of 200 classes, against its transport alone: the ratio's inverse is its share."""
     classifier = models.zero_shot(models.load(device="cpu"), role("tinyimagenet"))
-    images, defended = pictures(IMAGES), COLA()(classifier)
-    cost, rows, columns = problems()
-
-    def whole() -> Tensor:
-        with torch.no_grad():
-            return defended(images)
-
-    seconds(whole)  # texts are read once
-    timing = side_by_side(lambda: sinkhorn(cost, rows, columns, SMOOTHING, COLA().sweeps), whole, rounds)
+    whole = partial(answer, COLA()(classifier), pictures(IMAGES))
+    timing = side_by_side(partial(sinkhorn, *problems(), SMOOTHING, COLA().sweeps), whole, rounds)
     return timing.row(
-        "COLA's transport, against all of COLA", note="200 classes, batch of 100: how many times longer all takes"
+        "COLA's transport, against all of COLA", note="200 classes, batch of 100: all takes so many times"
     )

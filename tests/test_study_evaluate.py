@@ -27,6 +27,7 @@ from robustclip.study import (
     grid,
     is_stale,
     judged,
+    look_up,
     outcomes,
     over_seeds,
     plan,
@@ -504,6 +505,29 @@ def test_cells_can_be_named_where_the_data_is_not(tmp_path, shipping, monkeypatc
         evaluate(real(n=8), tmp_path / "empty")
 
 
+def test_looking_up_finds_the_rows_of_evaluate_and_measures_nothing(tmp_path, shipping, monkeypatch):
+    shipping(real())
+    stored = evaluate(real(n=8), tmp_path / "here")
+    files = sorted((tmp_path / "here").rglob("*.json"))
+    monkeypatch.setattr(sys.modules["robustclip.study.evaluate"], "_measured", None)
+    found = look_up([*real(n=7), *real(n=8), *real()], tmp_path / "here")
+    assert found["origin"].tolist() == ["stored"] * len(stored) + ["shipped"] * len(real())
+    columns = [name for name in found if name != "origin"]
+    pd.testing.assert_frame_equal(found[columns][: len(stored)], stored[columns])
+    assert look_up(real(n=7), tmp_path / "here").empty
+    assert sorted((tmp_path / "here").rglob("*.json")) == files
+
+
+def test_looking_up_leaves_out_cells_of_data_that_nobody_knows(tmp_path, shipping, monkeypatch):
+    shipping(real())
+
+    def gone(role, source):
+        raise FileNotFoundError("no data here")
+
+    monkeypatch.setattr(sys.modules["robustclip.study.bench"], "facts", gone)
+    assert look_up(real(), tmp_path / "empty").empty
+
+
 def test_arrays_are_computed_once_and_shipped(tmp_path, shipping):
     calls = []
 
@@ -521,7 +545,11 @@ def test_arrays_are_computed_once_and_shipped(tmp_path, shipping):
     again = artifact(scale("quick"), "figure", store=tmp_path / "empty", **options)
     assert len(calls) == 1
     assert np.array_equal(found["a"], again["a"])
-    artifact(scale("quick"), "figure", [PGD(eps=0.2)], compute, store=tmp_path / "empty")
+    unknown = {"parts": [PGD(eps=0.2)], "compute": compute, "store": tmp_path / "empty"}
+    assert artifact(scale("quick"), "figure", **unknown, only_known=True) is None
+    assert np.array_equal(artifact(scale("quick"), "figure", **options, only_known=True)["a"], found["a"])
+    assert len(calls) == 1
+    artifact(scale("quick"), "figure", **unknown)
     assert len(calls) == 2
 
 

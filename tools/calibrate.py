@@ -27,11 +27,11 @@ SHARE = 0.9  # of clean images that the gate leaves alone
 def drifts(scale: study.Scale, **settings: object) -> torch.Tensor:
     """Scores of clean training images of all source roles, under noise of four units."""
     clip = models.load(scale.model("clip"))
+    classifier = models.ZeroShotClassifier.of_axes(clip)
     gauge = Counterattack(radius=4 * scale.reference_eps, **settings)
     found = []
     for name in progress(scale.role_names("source"), "roles", unit="role"):
         images = load_samples(name, source=scale.source, split="train", n=IMAGES).images.to(clip.device)
-        classifier = models.ZeroShotClassifier.of_axes(clip)
         found += [gauge.score(classifier, part, draw=0) for part in images.split(100)]
     return torch.cat(found).double()
 

@@ -262,8 +262,7 @@ def _changed(attack: AnyAttack, needed: str, **settings: Any) -> AnyAttack:
 
 def random_output(case: Case) -> Seen:
     """Two passes over the same images must agree, of a defense that draws lots at two draws."""
-    again = redrawn(case.classifier, 1) if hasattr(case.classifier, "at") else case.classifier
-    first, second = case.look(case.images), case.look(case.images, classifier=again)
+    first, second = case.look(case.images), case.look(case.images, classifier=redrawn(case.classifier, 1))
     share, turned = case.apart(first, second), int((first.argmax(1) != second.argmax(1)).sum())
     text = f"Two passes over the same images differ by {share:.2g} of the spread of logits; {turned} decisions turn."
     return share, SAME, text

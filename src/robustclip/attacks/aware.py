@@ -1,6 +1,6 @@
 """The attacker who knows the defense, and uses all that it declares.
 
-    defended = TTC()(zero_shot(clip, role))
+    defended = Counterattack()(zero_shot(clip, role))
     Aware(eps=1 / 255)(defended.for_attack(), images, labels)
 
 Random defenses are attacked on the average over draws that are new at every step (EOT), and what is found is compared

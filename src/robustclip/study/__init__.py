@@ -15,7 +15,7 @@ from robustclip.study.claims import (
     verdict_table,
     verdicts_by_scale,
 )
-from robustclip.study.evaluate import audit_cell, evaluate, is_stale, judged, outcomes, over_seeds, reference
+from robustclip.study.evaluate import audit_cell, evaluate, is_stale, judged, look_up, outcomes, over_seeds, reference
 from robustclip.study.exchange import artifact, confirm, export, reproduce
 from robustclip.study.planning import plan
 from robustclip.study.provenance import digests, versions
@@ -45,9 +45,9 @@ from robustclip.study.trained import (
 __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Tuned", "Verdict", "artifact",
     "audit_cell", "averages", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
-    "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "macro", "mcnemar",
-    "mean_interval", "model_name", "named", "outcomes", "over_seeds", "paired_difference", "parse_eps", "plan",
-    "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce", "room", "scale",
+    "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "look_up", "macro",
+    "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds", "paired_difference", "parse_eps",
+    "plan", "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce", "room", "scale",
     "scale_names", "shipped_folder", "shipped_verdicts", "training_facts", "tuned_by_shots", "verdict_table",
     "verdicts_by_scale", "versions", "wilson",
 ]  # fmt: skip

@@ -1,7 +1,9 @@
 """Measure cells: what is neither stored nor shipped is attacked, judged, and kept with its provenance."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,6 @@ def evaluate(
     batch_size: int | None = None,
     audit: int = 0,
     fresh: bool = False,
-    only_known: bool = False,
 ) -> pd.DataFrame:
     """Measure every cell that neither the store nor the shipped results hold; tidy rows, in the order given.
 
@@ -46,7 +47,7 @@ def evaluate(
     `recompute_stale` measure again.
     `audit` = n also audits every image attack on the first n images; `flags` says what the audit found, or that there
     was none, and whether the attacker was blind to a defense. A cell that another process is measuring is waited for.
-    `fresh` ignores what is shipped. `only_known` measures nothing: rows of what is stored or shipped, no others.
+    `fresh` ignores what is shipped. `look_up` finds the same rows and measures nothing.
     """
     check_integer("audit", audit, 0)
     cells, store, bench = list(cells), Store(store), Bench(device)
@@ -54,36 +55,49 @@ def evaluate(
     roles = list(dict.fromkeys((cell.role, cell.n) for cell in cells))
     order = sorted(range(len(cells)), key=lambda place: roles.index((cells[place].role, cells[place].n)))
     rows: dict[int, list[dict]] = {}
-    for wait in (False, True)[: 2 - only_known]:  # cells that another process holds come last
+    for wait in (False, True):  # cells that another process holds come last
         for place in progress([place for place in order if place not in rows], "cells", unit="cell"):
-            found = _found(cells[place], bench, store, size, audit, wait, fresh, only_known)
+            found = _found(cells[place], bench, store, size, audit, wait, fresh)
             if found:
                 rows[place] = _rows(cells[place].describe(), *found)
-    return pd.DataFrame([row for place in range(len(cells)) for row in rows.get(place, ())], columns=COLUMNS)
+    return pd.DataFrame([row for place in range(len(cells)) for row in rows[place]], columns=COLUMNS)
+
+
+def look_up(cells: Iterable[Cell], store: Where = None, device: str = "auto") -> pd.DataFrame:
+    """The rows of `evaluate` for those cells that are stored or shipped, in the order given; nothing is measured.
+
+    Cells of data that is neither here nor known from shipped results are left out, too.
+    """
+    rows, store, bench = [], Store(store), Bench(device)
+    for cell in cells:
+        with suppress(FileNotFoundError):
+            key, code = bench.key(cell), bench.provenance(cell, TASK[cell.task])
+            if found := _known(cell, key, code, store.cell(cell.scale.name, key)):
+                rows += _rows(cell.describe(), *found)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _known(cell: Cell, key: str, code: dict, files: CellFiles, fresh: bool = False) -> tuple[dict, str, bool] | None:
+    """The stored or the shipped record of a cell, which of them, and whether it is stale; what is not comes first."""
+    travelled = None if fresh else shipped(cell.scale.name, key)
+    candidates = [(files.read(), "stored"), (travelled, "shipped")]
+    told = [(record, origin, is_stale(record, code)) for record, origin in candidates if record is not None]
+    return min(told, key=lambda one: one[2], default=None)
 
 
 def _found(
-    cell: Cell, bench: Bench, store: Store, batch_size: int | None, audit: int, wait: bool, fresh: bool,
-    only_known: bool,
-) -> tuple[dict, str, bool] | None:  # fmt: skip
-    """The record of a cell, where it is from, and whether it is stale; None if there is none yet.
-
-    Another process may be measuring it, or it is `only_known` ones that are asked for.
-    """
+    cell: Cell, bench: Bench, store: Store, batch_size: int | None, audit: int, wait: bool, fresh: bool
+) -> tuple[dict, str, bool] | None:
+    """The record of a cell, where it is from, and whether it is stale; None if another process is measuring it."""
     key, code = bench.key(cell), bench.provenance(cell, TASK[cell.task])
     files = store.cell(cell.scale.name, key)
+    known = partial(_known, cell, key, code, files, fresh)
     audit = audit if cell.attack is not None and cell.attack.changes_images else 0
-
-    def known() -> tuple[dict, str, bool] | None:
-        travelled = None if fresh else shipped(cell.scale.name, key)
-        candidates = [(files.read(), "stored"), (travelled, "shipped")]
-        told = [(record, origin, is_stale(record, code)) for record, origin in candidates if record is not None]
-        return min(told, key=lambda one: one[2], default=None)  # what is not stale first
 
     def enough(found: tuple[dict, str, bool] | None) -> bool:
         return bool(found) and found[0].get("audited", 0) >= audit and not (found[2] and cell.scale.recompute_stale)
 
-    if enough(found := known()) or only_known:
+    if enough(found := known()):
         files.tidy()
         return found
     with files.claimed(wait) as mine:

@@ -33,9 +33,9 @@ FIELDS = ["model", "role", "task", "attack", "attacker", "defense", "eps", "n", 
 
 def artifact(
     scale: Scale, name: str, parts: Any, compute: Callable[[], dict[str, np.ndarray]], code: Sequence[Any] = (),
-    store: Where = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Small arrays that a figure needs: stored, shipped, or else computed now and stored.
+    store: Where = None, only_known: bool = False,
+) -> dict[str, np.ndarray] | None:  # fmt: skip
+    """Small arrays that a figure needs: stored, shipped, or else computed now and stored; with `only_known` else None.
 
     They are named by `name`, by `parts` (components and plain values they depend on) and by the `code` that makes them.
     """
@@ -44,7 +44,7 @@ def artifact(
     path = Store(store).root / scale.name / "artifacts" / f"{key}.safetensors"
     if path.is_file():
         return {name: tensor.numpy() for name, tensor in load_file(path).items()}
-    if (found := files.shipped_arrays(scale.name, key)) is None:
+    if (found := files.shipped_arrays(scale.name, key)) is None and not only_known:
         found = {name: np.ascontiguousarray(array) for name, array in compute().items()}
         write_whole(path, save({name: torch.from_numpy(array) for name, array in found.items()}))
     return found

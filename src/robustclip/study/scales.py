@@ -173,18 +173,8 @@ def _read(text: str, name: str, file: str = "") -> Scale:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"scale {name!r} is not valid TOML: {error}") from error
     needed = {"source", "reference_eps", "images", "batch_size", "recompute_stale", "models"}
-    optional = {
-        "world",
-        "roles",
-        "role_images",
-        "steps",
-        "training",
-        "sizes",
-        "defenses",
-        "seeds",
-        "precision",
-        "assumed_speed",
-    }
+    optional = {"world", "roles", "role_images", "steps", "training", "sizes", "defenses", "seeds", "precision",
+                "assumed_speed"}  # fmt: skip
     if wrong := needed ^ (table.keys() - optional):
         raise ValueError(f"scale {name!r} has wrong keys ({', '.join(sorted(wrong))} missing or unknown); it needs "
                          f"{', '.join(sorted(needed))} and may have {', '.join(sorted(optional))}")  # fmt: skip
