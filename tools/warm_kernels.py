@@ -1,8 +1,9 @@
 """Kernels that start at once: a process that has imported the slow packages forks one for each notebook.
 
-Importing torch, open_clip and transformers takes seconds, and a book has many notebooks. `warm_kernels()` starts the
-process and yields the name of a Jupyter kernel that it forks (on Linux; elsewhere the name of the usual kernel). The
-process computes nothing itself, so that what it forks is as good as new.
+Importing torch, open_clip and transformers takes seconds, and so does looking up what is shipped; a book has many
+notebooks. `warm_kernels()` starts the process and yields the name of a Jupyter kernel that it forks (on Linux;
+elsewhere the name of the usual kernel). The process computes no more than that, so that what it forks is as good as
+new.
 """
 
 import gc
@@ -32,6 +33,9 @@ def serve(listener: socket.socket, parent: int) -> None:
     for name in IMPORTS:
         with suppress(Exception):  # the notebook that needs the module will say what is wrong
             import_module(name)
+    with suppress(Exception):  # a page that shows shipped results will say what is wrong with them
+        for scale in ("quick", "full", "photo"):
+            import_module("robustclip.study").reference(scale)  # parses the package and reads what is shipped
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # kernels that end leave no zombies
     while os.getppid() == parent:

@@ -96,10 +96,11 @@ def show(figure: Figure, alt: str, caption: str = "") -> Picture:
                 axis.set_major_formatter("{x:,g}")
                 axis.set_minor_formatter(NullFormatter())
         figure.draw_without_rendering()
-        for axis in (axis for axis in figure.axes if axis.axison):
-            _untangle(axis)
-        figure.savefig(canvas := io.BytesIO(), dpi=2 * INCH)
+        changed = [_untangle(axis) for axis in figure.axes if axis.axison]
+        if any(changed):
+            figure.draw_without_rendering()
         figure.set_layout_engine("none")  # everything has its place now
+        figure.savefig(canvas := io.BytesIO(), dpi=2 * INCH)
         if not any(axis.images for axis in figure.axes):
             figure.savefig(svg, format="svg", metadata={"Date": None})
     image = Image.open(canvas).convert("RGB")
@@ -263,18 +264,19 @@ def _faint(overlay: pd.DataFrame) -> str:
     return f"overlay ({words.scale_of(overlay)})"
 
 
-def _untangle(axis: Axes) -> None:
+def _untangle(axis: Axes) -> bool:
     """Turn the tick labels of the x axis, and abbreviate long ones, if one would run into its neighbor."""
     low, high = sorted(axis.get_xlim())
     labels = [label for label in axis.get_xticklabels() if label.get_text() and low <= label.get_position()[0] <= high]
     boxes = [label.get_window_extent() for label in labels]
     if any(label.get_rotation() for label in labels) or not any(a.overlaps(b) for a, b in pairwise(boxes)):
-        return
+        return False
     gap, tall = min(b.x0 + b.x1 - a.x0 - a.x1 for a, b in pairwise(boxes)) / 2, max(box.height for box in boxes)
     turn = 40 if 1.1 * tall < gap * math.sin(math.radians(40)) else 90
     texts = [textwrap.shorten(label.get_text(), 24, placeholder="…") for label in labels]
     look = {"rotation": turn, "ha": "right", "va": "center", "rotation_mode": "anchor"}
     axis.set_xticks([label.get_position()[0] for label in labels], texts, **look)
+    return True
 
 
 def _finish(figure: Figure, frame: pd.DataFrame, shown: list[str], y: str, title: str) -> Figure:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 
 import pandas as pd
 
@@ -11,7 +13,7 @@ from robustclip.study.evaluate import outcomes
 from robustclip.study.statistics import macro
 from robustclip.study.store import Where
 
-SAME = ["scale", "model", "task", "metric", "attack", "attacker", "defense", "eps", "n"]
+SAME = ["scale", "model", "task", "metric", "attack", "attacker", "defense", "eps"]
 
 
 def averages(frame: pd.DataFrame, sets: Mapping[str, Sequence[str]], store: Where = None) -> pd.DataFrame:
@@ -21,38 +23,39 @@ def averages(frame: pd.DataFrame, sets: Mapping[str, Sequence[str]], store: Wher
     `interval`. Cells that differ in role and seed alone are averaged, so that all have the same n: the largest that all
     roles of the set and all seeds were measured on. What lacks a role has no row.
     """
-    rows, known = [], {}
+    measured, found, known = frame.to_dict("records"), [], {}
     for title, roles in sets.items():
-        own = frame[frame["role"].isin(roles)].drop_duplicates([*SAME, "role", "seed"], keep="last")
-        for _, part in own.groupby(SAME[:-1], sort=False):
-            if not (by_role := _of_one_size(part, set(roles))):
+        alike: dict[tuple, dict[tuple, dict]] = {}  # rows that differ in n, role and seed alone; the last of equals
+        for row in measured:
+            if row["role"] in roles:
+                own = alike.setdefault(tuple(row[name] for name in SAME), {})
+                own[row["n"], row["role"], row["seed"]] = row
+        for part in alike.values():
+            if not (by_role := _of_one_size(list(part.values()), set(roles))):
                 continue
-            for row in (row for one in by_role for row in one.to_dict("records") if row["key"] not in known):
-                known[row["key"]] = outcomes(row, store)
-            value, low, high = macro([[known[key] for key in one["key"]] for one in by_role])
-            whole = pd.concat(by_role)
-            shared = {"n": whole["n"].max(), "seed": whole["seed"].min(), "stale": bool(whole["stale"].any())}
+            whole = [row for one in by_role for row in one]
+            known |= {row["key"]: outcomes(row, store) for row in whole if row["key"] not in known}
+            value, low, high = macro([[known[row["key"]] for row in one] for one in by_role])
+            told = {"n": max(row["n"] for row in whole), "seed": min(row["seed"] for row in whole)}
+            told |= {"stale": any(row["stale"] for row in whole), "role": title, "dataset": title}
+            told |= {"accuracy": value, "low": low, "high": high, "interval": "bootstrap"}
             several = {"source": "", "distinct": float("nan")} if len(by_role) > 1 else {}
-            told = {
-                "role": title,
-                "dataset": title,
-                "accuracy": value,
-                "low": low,
-                "high": high,
-                "interval": "bootstrap",
-            }
-            rows.append(part.iloc[0].to_dict() | shared | several | told)
-    return pd.DataFrame(rows, columns=[*frame.columns, "interval"])
+            found.append(next(iter(part.values())) | several | told)
+    return pd.DataFrame(found, columns=[*frame.columns, "interval"])
 
 
-def _of_one_size(part: pd.DataFrame, roles: set[str]) -> list[pd.DataFrame]:
+def _of_one_size(part: list[dict], roles: set[str]) -> list[list[dict]]:
     """The rows of each role, by seed, at the largest n that all were measured on; [] if there is none."""
-    for n in sorted(part["n"].unique(), reverse=True):
-        fits = part[[row["n"] == n or (row["n"] < n and _whole(row)) for row in part.to_dict("records")]]
-        by_role = [one.sort_values("seed") for _, one in fits.groupby("role")]
+    for n in sorted({row["n"] for row in part}, reverse=True):
+        fits = sorted((row for row in part if row["n"] == n or (row["n"] < n and _whole(row))), key=_place)
+        by_role = [list(one) for _, one in groupby(fits, key=itemgetter("role"))]
         if len(by_role) == len(roles) and all(len(one) == len(by_role[0]) for one in by_role):
             return by_role
     return []
+
+
+def _place(row: dict) -> tuple[str, int]:
+    return row["role"], row["seed"]
 
 
 def _whole(row: dict) -> bool:

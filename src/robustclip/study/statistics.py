@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +39,16 @@ def wilson(correct: int, n: int, level: float = 0.95) -> Estimate:
     """
     check_range("n", n, 1)
     check_range("correct", correct, 0, n)
-    interval = stats.binomtest(correct, n).proportion_ci(check_range("level", level, 0, 1), method="wilson")
-    return Estimate(100 * correct / n, 100 * float(interval.low), 100 * float(interval.high))
+    z = _quantile(check_range("level", level, 0, 1))
+    spread = z * math.sqrt(correct * (n - correct) / n + z**2 / 4)
+    low, high = ((correct + z**2 / 2 + sign * spread) / (n + z**2) for sign in (-1, 1))
+    return Estimate(100 * correct / n, 100 * low if correct else 0.0, 100 * high if correct < n else 100.0)
+
+
+@cache
+def _quantile(level: float) -> float:
+    """The z that a standard normal number stays below in size with this probability."""
+    return float(stats.norm.ppf((1 + level) / 2))
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
