@@ -330,7 +330,7 @@ def test_the_image_that_most_draws_get_wrong_comes_back():
     [
         (RandomNoise(), {"answer", "margin"}),
         (LowPass(), {"answer", "margin"}),
-        (Hedge(), {"answer", "margin"}),
+        (Hedge(), {"answer", "margin", "guess"}),
         (AntiAdversary(), {"answer", "margin", "guess"}),
         (Mirrored(), {"answer", "margin", "views"}),
         (TTE(), {"answer", "margin", "views"}),

@@ -9,9 +9,11 @@ from torch.nn import functional as F
 
 from by_hand import noise_by_hand, project
 from robustclip import models
-from robustclip.attacks.aware import told
+from robustclip.attacks.aware import Aware, told
 from robustclip.component import identity, rebuild, settings
+from robustclip.data.roles import tinyworld_samples
 from robustclip.defenses.anchors import NoiseAnchor
+from robustclip.defenses.base import SCORING_DRAW
 from robustclip.defenses.baselines import AntiAdversary, Hedge, LowPass, RandomNoise
 from robustclip.defenses.consistency import SelfConsistency
 from robustclip.defenses.counterattack import Counterattack
@@ -344,6 +346,23 @@ def test_hedge_without_steps_is_random_noise(classifier, images):
 def test_hedge_raises_the_cross_entropies_together(classifier, images):
     for before, after in zip(classifier(images), Hedge(steps=5)(classifier)(images), strict=True):
         assert together(after[None]) > together(before[None])
+
+
+def test_attackers_are_told_where_hedge_sets_out(classifier, images):
+    hedge = Hedge(steps=3)
+    start = RandomNoise()(classifier).at(7)(images)
+    assert torch.equal(told(hedge(classifier).at(7), "guess", images), start)
+
+
+def test_hedge_is_attacked_best_where_it_sets_out(classifier):
+    """The gradient at its end says little: that attack leaves more than one which goes deep into a wrong class."""
+    pixels, labels = tinyworld_samples("cifar10", "test", 24)[:2]
+    pixels, defended, left = pixels.float() / 255, Hedge(steps=8, step_size=6 / 255, radius=24 / 255)(classifier), {}
+    for aim in ("answer", "guess"):
+        attack = Aware(eps=6 / 255, steps=6, draws=1, judged=1, aims=(aim,))
+        found = attack(defended.for_attack(), pixels, labels)
+        left[aim] = int((defended.at(SCORING_DRAW)(found).argmax(1) == labels).sum())
+    assert left["guess"] + 4 <= left["answer"]
 
 
 # --- the low pass -----------------------------------------------------------------------------------------------------

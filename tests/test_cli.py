@@ -217,7 +217,7 @@ def test_status_counts_states_and_names_problems(call, tmp_path):
 
 def test_audit_names_every_check_and_keeps_the_flags(call, tmp_path):
     """An attack of one tiny step is caught; the exit code says so, and `run` shows the flags afterwards."""
-    options = ("--scale", "small.toml", "--role", "cifar10", "--attack", "FGSM", "--eps", "2/255", "--n", "6")
+    options = ("--scale", "small.toml", "--role", "cifar10", "--attack", "FGSM", "--eps", "2/255", "--n", "2")
     shown = call("audit", *options)
     flagged = [line.split()[1] for line in shown.stdout.splitlines() if line.startswith("FLAG")]
     assert len(shown.stdout.splitlines()) == len(CHECKS)

@@ -6,7 +6,7 @@ import pytest
 
 from test_book import SHIPPED, TINY, tool
 
-PAGES = {"book/foundations/zero-shot-clip.ipynb", "book/mmcoa/in-distribution.ipynb"}
+PAGES = {"book/foundations/zero-shot-clip.ipynb", "book/mmcoa/prompt-tuning.ipynb"}
 
 
 @pytest.mark.skipif(not SHIPPED, reason="nothing is shipped for the scale quick, so that all pages measure")

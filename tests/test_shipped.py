@@ -13,7 +13,7 @@ from robustclip.study.statistics import mcnemar
 from robustclip.study.store import Store
 from robustclip.study.tasks import TASK
 
-CELLS, PASSES = 5, 20_000  # a sample, of cells that take so many passes at most
+CELLS, PASSES = 5, 8_000  # a sample, of cells that take so many passes at most
 
 
 @pytest.mark.parametrize("scale", ["quick", "full"])

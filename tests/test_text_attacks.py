@@ -366,7 +366,7 @@ ODD = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.one_of(st.sampled_from(ODD), st.text(max_size=30), st.text("aB .,&#[]-'\"~\\", max_size=30)), min_size=1

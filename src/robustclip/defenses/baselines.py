@@ -123,6 +123,10 @@ class Hedge(Correction):
             delta = within(images, delta.detach() + self.step_size * gradient.sign(), self.radius)
         return delta.detach()
 
+    def guess(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
+        """What the steps set out from: an image that is far inside a wrong class here stays in it."""
+        return classifier(images + started(self, images.detach(), draw))
+
     def passes(self, classes: int) -> tuple[int, int]:
         """Its steps and the answer."""
         return self.steps + 1, self.steps

@@ -13,11 +13,13 @@ from urllib.parse import quote
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullFormatter
 from PIL import Image
@@ -100,10 +102,11 @@ def show(figure: Figure, alt: str, caption: str = "") -> Picture:
         if any(changed):
             figure.draw_without_rendering()
         figure.set_layout_engine("none")  # everything has its place now
-        figure.savefig(canvas := io.BytesIO(), dpi=2 * INCH)
+        figure.set_dpi(2 * INCH)
+        (canvas := FigureCanvasAgg(figure)).draw()
         if not any(axis.images for axis in figure.axes):
             figure.savefig(svg, format="svg", metadata={"Date": None})
-    image = Image.open(canvas).convert("RGB")
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     for kind, coarse, options in TRIES:
         image.reduce(coarse).save(file := io.BytesIO(), kind, **options)
         if file.tell() <= LIMIT:
