@@ -102,7 +102,7 @@ def test_copies_go_through_the_defense_inside(classifier, images):
 
 def test_attackers_are_told_nothing_but_the_answer(classifier):
     """All of it is differentiable."""
-    assert list(aims_against(NoiseAnchor()(classifier))) == ["answer", "margin"]
+    assert list(aims_against(NoiseAnchor()(classifier))) == ["plain", "answer", "margin"]
 
 
 @pytest.mark.parametrize(("field", "value"), [("deviation", -1), ("deviation", 8), ("copies", 0), ("step", -1)])

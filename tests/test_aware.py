@@ -249,10 +249,11 @@ def test_surrogates_are_climbed(classifier):
     images, labels = images[keep := ~broken(Rounded()(classifier), images, labels)], labels[keep]
     assert len(images) > 4
     plain, known = (kind()(classifier) for kind in (Rounded, RoundedKnown))
-    assert broken(known, Aware(**QUICK)(known.for_attack(), images, labels), labels).all()
-    assert not broken(plain, Aware(**QUICK)(plain.for_attack(), images, labels), labels).all()
+    attack = Aware(**QUICK, aims=("answer", "margin"))
+    assert broken(known, attack(known.for_attack(), images, labels), labels).all()
+    assert not broken(plain, attack(plain.for_attack(), images, labels), labels).all()
     noisy = RoundedNoisy()(classifier)
-    assert scored(noisy, Aware(**QUICK)(noisy.for_attack(), images, labels), labels) > 0.95
+    assert scored(noisy, attack(noisy.for_attack(), images, labels), labels) > 0.95
     assert scored(noisy, images, labels) < 0.5
 
 
@@ -278,10 +279,21 @@ def telling(part):
 def test_what_a_defense_tells_is_used(classifier, part):
     images, labels = labelled(classifier, spread=0.05)
     defended = telling(part)(classifier)
-    assert list(aims_against(defended)) == [aim for aim in AIMS if aim in (part, "answer", "margin")]
+    assert list(aims_against(defended)) == [aim for aim in AIMS if aim in (part, "plain", "answer", "margin")]
     for aims, expected in (((part,), True), (("answer", "margin"), False), ((), True)):
         found = Aware(**QUICK, aims=aims)(defended.for_attack(), images, labels)
         assert broken(defended, found, labels).all() == expected
+
+
+def test_who_knows_a_defense_can_also_leave_it_alone(classifier):
+    """What tells nothing is attacked through what stands behind it, as by somebody who is blind, and to the end."""
+    images, labels = labelled(classifier, spread=0.05)
+    defended = Deaf()(classifier)
+    for aims, expected in (((), True), (("plain",), True), (("answer", "margin"), False)):
+        found = Aware(**QUICK, aims=aims)(defended.for_attack(), images, labels)
+        assert broken(defended, found, labels).all() == expected
+    alone = Aware(**QUICK, aims=("plain",))(defended, images[:1], labels[:1])
+    assert margin(classifier(alone), labels[:1]) > 0.9 * best_margins(classifier, images[:1], labels[:1])
 
 
 @component
@@ -315,7 +327,7 @@ def test_the_image_that_most_draws_get_wrong_comes_back():
     defended = RandomNoise(radius=0.3)(classifier)
     both = Aware(eps=0.01, steps=10, judged=20)
     shares = []
-    for aims in ((), ("answer",), ("margin",)):
+    for aims in ((), ("plain",)):
         found = Aware(eps=0.01, steps=10, judged=20, aims=aims)(defended.for_attack(), images, labels)
         shares.append(torch.stack([broken(defended.at(500_000 + k), found, labels) for k in range(20)]).float().mean(0))
     assert both.judged == 20
@@ -328,20 +340,23 @@ def test_the_image_that_most_draws_get_wrong_comes_back():
 @pytest.mark.parametrize(
     ("defense", "aims"),
     [
-        (RandomNoise(), {"answer", "margin"}),
-        (LowPass(), {"answer", "margin"}),
-        (Hedge(), {"answer", "margin", "guess"}),
-        (AntiAdversary(), {"answer", "margin", "guess"}),
-        (Mirrored(), {"answer", "margin", "views"}),
-        (TTE(), {"answer", "margin", "views"}),
-        (COLA(), {"answer", "margin", "views", "smooth"}),
-        (Counterattack(), {"answer", "margin", "smooth", "gate"}),
-        (Counterattack(threshold=None), {"answer", "margin", "smooth"}),
-        (SelfConsistency(), {"answer", "margin", "smooth", "gate", "views", "guess"}),
-        (SelfConsistency(count=1), {"answer", "margin", "smooth", "gate", "guess"}),
-        (SelfConsistency(steps=0), {"answer", "margin", "smooth", "gate", "views"}),
-        (SelfConsistency(warmup=Counterattack(threshold=None)), {"answer", "margin", "smooth", "views", "guess"}),
-        (as_defense(lambda inner: inner), {"answer", "margin"}),
+        (RandomNoise(), {"plain", "answer", "margin"}),
+        (LowPass(), {"plain", "answer", "margin"}),
+        (Hedge(), {"plain", "answer", "margin", "guess"}),
+        (AntiAdversary(), {"plain", "answer", "margin", "guess"}),
+        (Mirrored(), {"plain", "answer", "margin", "views"}),
+        (TTE(), {"plain", "answer", "margin", "views"}),
+        (COLA(), {"plain", "answer", "margin", "views", "smooth"}),
+        (Counterattack(), {"plain", "answer", "margin", "smooth", "gate"}),
+        (Counterattack(threshold=None), {"plain", "answer", "margin", "smooth"}),
+        (SelfConsistency(), {"plain", "answer", "margin", "smooth", "gate", "views", "guess"}),
+        (SelfConsistency(count=1), {"plain", "answer", "margin", "smooth", "gate", "guess"}),
+        (SelfConsistency(steps=0), {"plain", "answer", "margin", "smooth", "gate", "views"}),
+        (
+            SelfConsistency(warmup=Counterattack(threshold=None)),
+            {"plain", "answer", "margin", "smooth", "views", "guess"},
+        ),
+        (as_defense(lambda inner: inner), {"plain", "answer", "margin"}),
     ],
 )
 def test_aims_are_those_that_a_defense_leaves_open(classifier, defense, aims):
@@ -408,7 +423,11 @@ def test_passes_are_those_declared(classifier, defense):
         ("gate_weight", -1, "gate_weight=-1 is not allowed"),
         ("slack", -0.1, "slack=-0.1 is not allowed"),
         ("seed", -1, "seed=-1 is not allowed"),
-        ("aims", ("answer", "soft"), "unknown aim 'soft'; choose one of: guess, smooth, answer, margin, views, gate"),
+        (
+            "aims",
+            ("answer", "soft"),
+            "unknown aim 'soft'; choose one of: plain, guess, smooth, answer, margin, views, gate",
+        ),
     ],
 )
 def test_bad_settings_are_named(field, value, told_of):

@@ -397,7 +397,7 @@ def test_an_even_image_has_an_answer_and_a_slope(few, value):
 
 def test_attackers_are_told_the_views(clip, few, images):
     defense = COLA(**FOUR)
-    assert list(aims_against(defense(few))) == ["smooth", "answer", "margin", "views"]
+    assert list(aims_against(defense(few))) == ["plain", "smooth", "answer", "margin", "views"]
     means = texts_by_hand(defense, few).mean(1).float()
     expected = [clip.logit_scale * clip.encode_images(view) @ means.T for view in Views(count=5).seen(images, 4)]
     torch.testing.assert_close(told(defense(few).at(4), "views", images), torch.stack(expected), rtol=1e-4, atol=1e-3)

@@ -248,7 +248,7 @@ def test_the_gate_is_the_warm_ups(classifier, images):
 )  # fmt: skip
 def test_attackers_are_told_what_there_is(classifier, settings, missing):
     found = {*aims_against(SelfConsistency(**settings)(classifier))}
-    assert found == {"guess", "smooth", "answer", "margin", "views", "gate"} - missing
+    assert found == {"plain", "guess", "smooth", "answer", "margin", "views", "gate"} - missing
 
 
 # --- costs and settings -----------------------------------------------------------------------------------------------

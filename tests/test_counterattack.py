@@ -335,11 +335,11 @@ def test_the_soft_gate_has_a_slope(exact, images):
 
 
 def test_attackers_are_told_steps_and_gate(classifier):
-    assert list(aims_against(Counterattack()(classifier))) == ["smooth", "answer", "margin", "gate"]
+    assert list(aims_against(Counterattack()(classifier))) == ["plain", "smooth", "answer", "margin", "gate"]
 
 
 def test_without_a_threshold_there_is_no_gate_to_tell(classifier):
-    assert list(aims_against(Counterattack(threshold=None)(classifier))) == ["smooth", "answer", "margin"]
+    assert list(aims_against(Counterattack(threshold=None)(classifier))) == ["plain", "smooth", "answer", "margin"]
 
 
 @pytest.mark.parametrize(

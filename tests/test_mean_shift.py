@@ -142,7 +142,7 @@ def test_an_even_image_has_an_answer_and_a_slope(classifier, value):
 
 def test_attackers_are_told_the_views(classifier, images):
     defense = MTA(count=5)
-    assert list(aims_against(defense(classifier))) == ["answer", "margin", "views"]
+    assert list(aims_against(defense(classifier))) == ["plain", "answer", "margin", "views"]
     views = told(defense(classifier), "views", images)
     expected = torch.stack([classifier(view) for view in Views(count=5).seen(images, 0)])
     torch.testing.assert_close(views, expected)

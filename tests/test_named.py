@@ -157,7 +157,7 @@ def test_steps_of_the_attacker_who_knows_are_the_scales():
 
 @pytest.mark.parametrize("name", ["aware:", "aware:soft"])
 def test_unknown_aims_are_told_what_there_is(name):
-    with pytest.raises(ValueError, match=r"unknown aim .*choose one of: guess, smooth"):
+    with pytest.raises(ValueError, match=r"unknown aim .*choose one of: plain, guess, smooth"):
         named_attack(name, 0.01, {})
 
 

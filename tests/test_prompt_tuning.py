@@ -263,7 +263,7 @@ def test_gradients_are_exact_with_the_prompts_held_constant(classifier, images, 
 @pytest.mark.parametrize("kind", [TPT, RTPT])
 def test_attackers_are_told_the_views(classifier, images, kind):
     defense = kind(**TUNED)
-    assert list(aims_against(defense(classifier))) == ["answer", "margin", "views"]
+    assert list(aims_against(defense(classifier))) == ["plain", "answer", "margin", "views"]
     pixels = images.clone().requires_grad_()
     views = told(defense(classifier), "views", pixels)
     assert views.shape == (12, 4, 10)

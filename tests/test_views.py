@@ -177,7 +177,7 @@ def test_the_gradient_of_an_answer_goes_back_through_all_views(classifier, image
 def test_attackers_are_told_each_view(classifier, images, defense):
     defended = defense(classifier)
     expected = torch.stack([classifier(view) for view in defense.seen(images, 0)])
-    assert list(aims_against(defended)) == ["answer", "margin", "views"]
+    assert list(aims_against(defended)) == ["plain", "answer", "margin", "views"]
     torch.testing.assert_close(told(defended, "views", images), expected, rtol=0, atol=1e-4)
 
 

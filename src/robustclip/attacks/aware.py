@@ -30,12 +30,20 @@ from robustclip.attacks.base import Attack, Classifier
 from robustclip.attacks.losses import cross_entropy, fooled, margin
 from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.component import component
-from robustclip.defenses.base import Defended, Defense, redrawn
+from robustclip.defenses.base import Defended, Defense, redrawn, unwrapped
 from robustclip.models import logits_of
 from robustclip.randomness import own_noise
 
-# Aim -> the part that a defense must tell for it; None: always there.
-AIMS = {"guess": "guess", "smooth": "smooth", "answer": None, "margin": None, "views": "views", "gate": "gate"}
+# Aim -> the part that a defense must tell for it; None: always there, "plain" wherever something defends.
+AIMS = {
+    "plain": None,
+    "guess": "guess",
+    "smooth": "smooth",
+    "answer": None,
+    "margin": None,
+    "views": "views",
+    "gate": "gate",
+}
 JUDGED_FROM = 500_000  # the first draw at which what was found is compared: attacks count from 0, scoring lies above
 
 
@@ -43,6 +51,7 @@ JUDGED_FROM = 500_000  # the first draw at which what was found is compared: att
 class Aware(Attack):
     """Projected gradient ascent through a defense, once for each aim that the defense leaves open.
 
+    plain    the cross-entropy of the classifier that nothing defends, to the end: what a blind attacker does
     guess    the answer and the pseudo-label together: once that is wrong, the defense works for the attacker
     smooth   the answer of a smooth version of the defense whose own steps are unrolled
     answer   the cross-entropy of the defended answer: the exact gradient, or that of the declared surrogate (BPDA)
@@ -107,11 +116,11 @@ class Aware(Attack):
         self, classifier: Classifier, images: Tensor, labels: Tensor, turn: int, aim: str, rows: Tensor
     ) -> Outcome:
         """One climb of the images that still stand, judged at draws of its own."""
-        mine, true = images[rows], labels[rows]
+        mine, true, blind = images[rows], labels[rows], aim == "plain" or is_random(classifier)
         found = ascend(
             self._objective(classifier, true, aim), mine, eps=self.eps, steps=self.steps,
             stepper=FixedSteps(self.step_size), noise=own_noise(mine, self.seed + 7919 * turn),
-            keep="last" if is_random(classifier) else "best", stop=not is_random(classifier),
+            keep="last" if blind else "best", stop=not blind,
         ).images  # fmt: skip
         answers = self._answers(classifier, found)
         wrong = torch.stack([fooled(one, true) for one in answers]).double()
@@ -119,9 +128,11 @@ class Aware(Attack):
 
     def _objective(self, classifier: Classifier, labels: Tensor, aim: str) -> Objective:
         """What an aim maximises; every call takes new draws. Where nothing is random, it says who has won."""
-        steps = count(1000 * self.seed)  # so that seeds share no draw
+        steps, plain = count(1000 * self.seed), unwrapped(classifier)  # so that seeds share no draw
 
         def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+            if aim == "plain":
+                return cross_entropy(plain(points), labels[rows]), None
             if not is_random(classifier):
                 loss, logits = self._loss(classifier, points, labels[rows], aim)
                 return loss, fooled(self.look(classifier, points) if logits is None else logits, labels[rows])
@@ -158,7 +169,8 @@ def aims_against(classifier: Classifier, wanted: tuple[str, ...] = ()) -> Iterat
     """The aims that a defended classifier leaves open, of those wanted if some are named."""
     defended = outermost(classifier)
     for aim, part in AIMS.items():
-        if (not wanted or aim in wanted) and (part is None or (defended and tells(defended.defense, part))):
+        is_open = aim != "plain" if part is None else bool(defended) and tells(defended.defense, part)
+        if (not wanted or aim in wanted) and (is_open or (aim == "plain" and defended)):
             yield aim
 
 
