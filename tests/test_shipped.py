@@ -14,6 +14,7 @@ from robustclip.study.store import Store
 from robustclip.study.tasks import TASK
 
 CELLS, PASSES = 5, 8_000  # a sample, of cells that take so many passes at most
+ROUNDED = 0.01  # of answers: single precision rounds by the processor, too, and now and then the sign of a gradient
 
 
 @pytest.mark.parametrize("scale", ["quick", "full"])
@@ -31,8 +32,13 @@ def test_a_sample_of_shipped_cells_measured_again_gives_the_same_answers(tmp_pat
         row = evaluate([cell], tmp_path, "cpu", fresh=True).iloc[0]
         assert row["key"] == record["key"], record["cell"]
         answers = Store(tmp_path).cell(scale, row["key"]).read()["answers"]
+        pair = [_outcomes(cell.task, one) for one in (answers, record["answers"])]
         if _rounds_coarsely(record):
-            assert mcnemar(*(_outcomes(cell.task, one) for one in (answers, record["answers"]))) > 1e-4, record["cell"]
+            assert mcnemar(*pair) > 1e-4, record["cell"]
+        elif record["changes_images"]:
+            apart = np.mean([one != other for name, own in record["answers"].items()
+                             for one, other in zip(own, answers[name], strict=True)])  # fmt: skip
+            assert apart <= max(ROUNDED, 1 / len(pair[0])), record["cell"]
         else:
             assert answers == record["answers"], record["cell"]
 
