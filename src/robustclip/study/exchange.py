@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -138,11 +138,14 @@ def _again(records: Sequence[dict], store: Where, device: str) -> pd.DataFrame:
         cell = Cell.again(record["made_by"])
         now = evaluate([cell], store, device, fresh=True).iloc[0]
         answers = Store(store).cell(cell.scale.name, now["key"]).read()["answers"]
-        same_key = now["key"] == record["key"]
-        flips = sum(one != other for name, own in record["answers"].items()
-                    for one, other in zip(own, answers[name], strict=True)) if same_key else None  # fmt: skip
-        rows.append({name: record["cell"][name] for name in FIELDS} | {"key": record["key"], "flips": flips})
+        found = differing(record["answers"], answers) if now["key"] == record["key"] else None
+        rows.append({name: record["cell"][name] for name in FIELDS} | {"key": record["key"], "flips": found})
     return pd.DataFrame(rows)
+
+
+def differing(before: Mapping[str, Sequence], now: Mapping[str, Sequence]) -> int:
+    """How many answers of a cell differ from those it had before."""
+    return sum(one != other for name, own in before.items() for one, other in zip(own, now[name], strict=True))
 
 
 # --- confirming -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,14 @@ from scipy import stats
 
 from robustclip.checks import check_range
 
-Z = float(stats.norm.ppf(0.975))
+
+@cache
+def _quantile(level: float) -> float:
+    """The z that a standard normal number stays below in size with this probability."""
+    return float(stats.norm.ppf((1 + level) / 2))
+
+
+Z = _quantile(0.95)
 
 
 class Estimate(NamedTuple):
@@ -43,12 +50,6 @@ def wilson(correct: int, n: int, level: float = 0.95) -> Estimate:
     spread = z * math.sqrt(correct * (n - correct) / n + z**2 / 4)
     low, high = ((correct + z**2 / 2 + sign * spread) / (n + z**2) for sign in (-1, 1))
     return Estimate(100 * correct / n, 100 * low if correct else 0.0, 100 * high if correct < n else 100.0)
-
-
-@cache
-def _quantile(level: float) -> float:
-    """The z that a standard normal number stays below in size with this probability."""
-    return float(stats.norm.ppf((1 + level) / 2))
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
