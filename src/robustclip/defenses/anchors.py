@@ -5,13 +5,13 @@ The paper's text was not available: what is here is rebuilt from descriptions, a
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.checks import check_choice, check_integer, check_range
 from robustclip.component import component
 from robustclip.defenses.base import Classifier, Defense, features_of, undefended
+from robustclip.defenses.views import each_view
 from robustclip.randomness import normal
 
 
@@ -45,7 +45,7 @@ class NoiseAnchor(Defense):
         noise = normal(self.noise(images, draw, "copies", (self.copies, *images.shape[1:]))).transpose(0, 1)
         noisy = images + self.deviation * noise
         noisy = noisy.clamp(0, 1) if self.clamp else noisy
-        features = encode(torch.cat([images, noisy.flatten(0, 1)])).unflatten(0, (1 + self.copies, -1))
+        features = each_view(encode, [images, *noisy])
         return features[0], F.normalize(features[1:].mean(0), dim=1)
 
     def moved(self, place: Tensor, anchor: Tensor) -> Tensor:

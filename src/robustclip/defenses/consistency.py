@@ -20,7 +20,7 @@ from robustclip.component import component
 from robustclip.defenses.base import Classifier, features_of, undefended
 from robustclip.defenses.baselines import Correction, within
 from robustclip.defenses.counterattack import Counterattack, encoder, soft_sign
-from robustclip.defenses.views import flipped, view_logits
+from robustclip.defenses.views import each_view, flipped
 from robustclip.randomness import normal
 
 
@@ -73,13 +73,13 @@ class SelfConsistency(Correction):
 
     def prototype(self, classifier: Classifier, warm: Tensor, images: Tensor, draw: int) -> tuple[Tensor, Tensor]:
         """q (n, classes) of the warm images, averaged over the views, and the soft prototype (n, d)."""
-        found = view_logits(classifier, self.seen(warm, images, draw, "guess")).softmax(2).mean(0)
+        found = each_view(classifier, self.seen(warm, images, draw, "guess")).softmax(2).mean(0)
         sharp = (found.clamp(min=1e-30).log() / self.temperature).softmax(1)
         return found, F.normalize(sharp @ undefended(classifier).text_features, dim=1)
 
     def margins(self, classifier: Classifier, views: list[Tensor], found: Tensor, target: Tensor) -> Tensor:
         """J (n,): the mean over views of the cosine to the prototype beyond the hardest other class."""
-        features = features_of(classifier)(torch.cat(views)).unflatten(0, (len(views), -1))
+        features = each_view(features_of(classifier), views)
         cosines, guess = features @ undefended(classifier).text_features.T, found.argmax(1)
         hardest = torch.stack([without(one, guess).amax(1) for one in cosines])
         weight = found.amax(1) if self.confident else 1.0
@@ -87,7 +87,7 @@ class SelfConsistency(Correction):
 
     def correction(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """delta(x), (n, 3, h, w)."""
-        warm = self.warmup.correction(classifier, images, draw)
+        warm, share = self.warmup.shared(classifier, images, draw)
         if not self.steps:
             return warm
         with torch.no_grad():
@@ -99,16 +99,12 @@ class SelfConsistency(Correction):
                 views = self.seen(images + delta, images, draw, f"step {step}")
                 (gradient,) = torch.autograd.grad(self.margins(classifier, views, found, target).sum(), delta)
             delta = within(images, delta.detach() + self.step_size * gradient.sign(), self.radius)
-        if self.gated and self.warmup.threshold is not None:
-            with torch.no_grad():
-                open_ = self.warmup.gate(classifier, images, draw) > 0
-            delta = torch.where(open_[:, None, None, None], delta, warm)
-        return delta
+        return torch.where(share[:, None, None, None] > 0.5, delta, warm) if self.gated else delta
 
     def views(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """Logits of each view of the corrected images."""
         moved = self.corrected(classifier, images, draw)
-        return view_logits(classifier, self.seen(moved, images, draw, "answer"))
+        return each_view(classifier, self.seen(moved, images, draw, "answer"))
 
     def logits(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """Their mean."""
@@ -135,13 +131,12 @@ class SelfConsistency(Correction):
                 margins = self.margins(classifier, views, found, target)
                 (gradient,) = torch.autograd.grad(margins.sum(), delta, create_graph=True)
                 delta = within(images, delta + self.step_size * soft_sign(gradient), self.radius)
-            return view_logits(classifier, self.seen(images + delta, images, draw, "answer")).mean(0)
+            return each_view(classifier, self.seen(images + delta, images, draw, "answer")).mean(0)
 
     def passes(self, classes: int) -> tuple[int, int]:
         """The warm-up without an answer, the pseudo-label, the steps and the answer, all over the views."""
         forward, backward = self.warmup.passes(classes)
         forward -= 1 + self.warmup.mirrored
         guess = self.count if self.steps else 0
-        gate = self.warmup.gate_passes if self.gated and self.steps else 0
         steps = self.steps * self.count
-        return forward + guess + steps + self.count + gate, backward + steps
+        return forward + guess + steps + self.count, backward + steps

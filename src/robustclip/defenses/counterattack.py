@@ -6,7 +6,7 @@ Counterattack(steps=4, step_size=3 / 255, momentum=0.9, orthogonal=0.5, drift="c
 Counterattack(steps=4, radius=8 / 255, mirrored=True, drift="mirror", threshold=0.7, sharpness=70)        like MAC
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -86,19 +86,27 @@ class Counterattack(Correction):
 
     def score(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """How much the feature of each image moves, (n,), differentiable."""
+        return self._scored(classifier, images, draw, self.start(images, draw))[0]
+
+    def _scored(self, classifier: Classifier, images: Tensor, draw: int, noise: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The score, and the features of the views that it has looked at."""
         encode = encoder(self._scorer(classifier))
         here = encode(images)
         if self.drift == "mirror":
-            return F.cosine_similarity(encode(flipped(images)), here, dim=1)
-        parts = ["start", *range(1, self.drift_draws)]
-        moved = [encode(images + self.start(images, draw, part)) for part in parts]
+            mirrored = encode(flipped(images))
+            return F.cosine_similarity(mirrored, here, dim=1), [here, mirrored]
+        noises = [noise, *(self.start(images, draw, part) for part in range(1, self.drift_draws))]
+        moved = [encode(images + one) for one in noises]
         if self.drift == "cosine":
-            return 1 - sum(F.cosine_similarity(one, here, dim=1) for one in moved) / len(moved)
-        return sum((one - here).norm(dim=1) for one in moved) / len(moved) / here.norm(dim=1)
+            return 1 - sum(F.cosine_similarity(one, here, dim=1) for one in moved) / len(moved), [here]
+        return sum((one - here).norm(dim=1) for one in moved) / len(moved) / here.norm(dim=1), [here]
 
     def gate(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """(threshold - score) / threshold, or its negative: counterattacked where it is positive."""
-        room = (self.threshold - self.score(classifier, images, draw)) / self.threshold
+        return self._room(self.score(classifier, images, draw))
+
+    def _room(self, score: Tensor) -> Tensor:
+        room = (self.threshold - score) / self.threshold
         return -room if self.reverse else room
 
     def _scorer(self, classifier: Classifier) -> Classifier:
@@ -114,13 +122,20 @@ class Counterattack(Correction):
         """The noise that scores, starts, and is all that images behind a closed gate get."""
         return started(self, images.detach(), draw, part)
 
-    def moves(self, encode: Encode, images: Tensor, draw: int, smooth: bool = False) -> Tensor:
-        """The weighted delta of the steps from the start; `smooth` ones keep their graph, down to the images."""
+    def moves(
+        self, encode: Encode, images: Tensor, draw: int, smooth: bool = False,
+        noise: Tensor | None = None, places: Sequence[Tensor] = (),
+    ) -> Tensor:  # fmt: skip
+        """The weighted delta of the steps from the start; `smooth` ones keep their graph, down to the images.
+
+        `noise` and `places`, the start and the features of the views, are made if nobody has them yet.
+        """
         with torch.enable_grad():
             images = images if smooth else images.detach()
-            here = [encode(view) for view in self._views(images)] if self.steps else []
+            views = self._views(images) if self.steps else []
+            here = [*places[: len(views)], *map(encode, views[len(places) :])]
             here = here if smooth else [one.detach() for one in here]
-            delta, velocity = self.start(images, draw), torch.zeros_like(images)
+            delta, velocity = self.start(images, draw) if noise is None else noise, torch.zeros_like(images)
             path = [delta]
             for step in range(self.steps):
                 delta = delta if smooth and step else delta.detach().requires_grad_()
@@ -158,22 +173,29 @@ class Counterattack(Correction):
 
     def correction(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """w delta + (1 - w) delta_0 of each image, with the slope of a soft w if it is asked for."""
-        plain = images.detach()
-        share = self._share(classifier, images, draw)
-        still = self.start(plain, draw) if self.closed == "noise" else torch.zeros_like(plain)
+        return self.shared(classifier, images, draw)[0]
+
+    def shared(self, classifier: Classifier, images: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+        """The correction, and w, how much of the counterattack each image got, (n,)."""
+        plain, noise = images.detach(), self.start(images, draw)
+        share, places = self._share(classifier, images, draw, noise)
+        still = noise if self.closed == "noise" else torch.zeros_like(plain)
         moved, rows = still.clone(), share.detach().nonzero()[:, 0]  # a closed gate spares the steps
         if len(rows):
-            moved[rows] = self.moves(encoder(classifier), plain[rows], draw)
-        return still + share[:, None, None, None] * (moved - still)
+            known = [place[rows] for place in places]
+            moved[rows] = self.moves(encoder(classifier), plain[rows], draw, noise=noise[rows], places=known)
+        return still + share[:, None, None, None] * (moved - still), share
 
-    def _share(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
-        """w, how much of the counterattack each image gets, (n,)."""
+    def _share(self, classifier: Classifier, images: Tensor, draw: int, noise: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """w, and the features that the steps lead away from, as far as the gate has looked at them."""
         if self.threshold is None:
-            return torch.ones(len(images), device=images.device)
-        if self.sharpness is not None:
-            return torch.sigmoid(self.sharpness * self.gate(classifier, images, draw))
-        with torch.no_grad():
-            return (self.gate(classifier, images, draw) > 0).to(images.dtype)
+            return torch.ones(len(images), device=images.device), []
+        soft = self.sharpness is not None
+        with torch.set_grad_enabled(soft and torch.is_grad_enabled()):
+            score, places = self._scored(classifier, images, draw, noise)
+            room = self._room(score)
+            share = torch.sigmoid(self.sharpness * room) if soft else (room > 0).to(images.dtype)
+        return share, [] if self.original else [place.detach() for place in places]
 
     def corrected(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """The moved images; deltas count as constants in their gradient, a soft gate does not."""
@@ -192,16 +214,11 @@ class Counterattack(Correction):
         return self.answer(classifier, images + self.moves(encoder(classifier), images, draw, smooth=True))
 
     def passes(self, classes: int) -> tuple[int, int]:
-        """The place, the score's noisy copies, the steps (the views of each), and the answer."""
-        views = 1 + self.mirrored
-        return self.gate_passes + views * (1 + self.steps + bool(self.steps)), views * self.steps
-
-    @property
-    def gate_passes(self) -> int:
-        """Forward passes that the gate takes."""
-        if self.threshold is None:
-            return 0
-        return 1 + (1 if self.drift == "mirror" else self.drift_draws)
+        """The gate's, the places that it has not looked at, the steps and the answer (each for all views)."""
+        views, mirror, gated = 1 + self.mirrored, self.drift == "mirror", self.threshold is not None
+        gate = gated * (2 if mirror else 1 + self.drift_draws)
+        known = 0 if self.original else gated * (1 + mirror)
+        return gate + max(0, views - known) * bool(self.steps) + views * (1 + self.steps), views * self.steps
 
 
 def encoder(classifier: Classifier) -> Encode:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustclip.checks import check_integer, check_range
 from robustclip.component import component
 from robustclip.defenses.base import Classifier, features_of, undefended
-from robustclip.defenses.views import FromViews, entropy
+from robustclip.defenses.views import FromViews, each_view, entropy
 from robustclip.models import Clip, ZeroShotClassifier
 
 TEXTS_AT_ONCE = 128
@@ -172,7 +172,7 @@ class TPT(PromptTuning):
         """Unit features (views, n, d): gradients pass through those of the image, as others only choose the prompts."""
         encode, (image, *crops) = features_of(classifier), self.seen(images, draw)
         with torch.no_grad():
-            others = encode(torch.cat(crops)).unflatten(0, (len(crops), -1))
+            others = each_view(encode, crops)
         return torch.cat([encode(image)[None], others])
 
     def logits(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:

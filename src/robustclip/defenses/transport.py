@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOGETHER = 512  # problems that are solved together: they stay in the processor's cache
+TOGETHER = 2048  # problems that are solved together: they stay in the processor's cache
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Also here are the defenses that average views and do nothing else.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from robustclip.component import component
 from robustclip.defenses.base import Classifier, Defense, features_of, undefended
 
 RATIOS = (3 / 4, 4 / 3)  # of width to height of a random crop
+TOGETHER = 128  # images in one pass: between its layers more of them do not fit the cache of a processor
 
 
 def flipped(images: Tensor) -> Tensor:
@@ -76,9 +78,11 @@ def resampled(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return tall.view(n, height, channels, width).transpose(1, 2)
 
 
-def view_logits(classifier: Classifier, views: list[Tensor]) -> Tensor:
-    """Logits (views, n, classes) of several views of n images, in one pass."""
-    return classifier(torch.cat(views)).unflatten(0, (len(views), -1))
+def each_view(see: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> Tensor:
+    """What `see` makes of several views of n images, (views, n, ...); a processor sees some of them at a time."""
+    together = torch.cat(tuple(views))
+    size = TOGETHER if together.device.type == "cpu" else max(1, len(together))
+    return torch.cat([see(part) for part in together.split(size)]).unflatten(0, (len(views), -1))
 
 
 def entropy(logs: Tensor) -> Tensor:
@@ -112,12 +116,11 @@ class FromViews(Defense):
 
     def features(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """Unit features (views, n, d), differentiable down to the pixels."""
-        seen = self.seen(images, draw)
-        return features_of(classifier)(torch.cat(seen)).unflatten(0, (len(seen), -1))
+        return each_view(features_of(classifier), self.seen(images, draw))
 
     def views(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """Logits of each view."""
-        return view_logits(classifier, self.seen(images, draw))
+        return each_view(classifier, self.seen(images, draw))
 
     def passes(self, classes: int) -> tuple[int, int]:
         """One for each view."""

@@ -112,8 +112,13 @@ def _counterattack(unit: float, **settings: object) -> Counterattack:
 
 
 def _consistency(unit: float, **settings: object) -> SelfConsistency:
-    warmup = _counterattack(unit, threshold=settings.pop("threshold", 0.2))
-    return SelfConsistency(**{"warmup": warmup, "step_size": unit, "radius": 4 * unit} | settings)
+    gate = {name: settings.pop(name) for name in ("threshold", "reverse") if name in settings}
+    return SelfConsistency(**{"warmup": _counterattack(unit, **gate), "step_size": unit, "radius": 4 * unit} | settings)
+
+
+def _doc(unit: float, **settings: object) -> Counterattack:
+    own = {"steps": 4, "step_size": 3 * unit, "beta": None, "drift": "cosine", "drift_draws": 4, "sharpness": 5.0}
+    return _counterattack(unit, **own | {"momentum": 0.9, "orthogonal": 0.5} | settings)
 
 
 PLAIN = {"projection": "off", "solver": "independent", "view_weights": "uniform", "text_weights": "uniform"}
@@ -134,10 +139,9 @@ DEFENSES: dict[str, Callable[[float, Mapping[str, float]], Defense]] = {
     "TTC-reversed": lambda unit, known: _counterattack(unit, threshold=known["reverse"], reverse=True),
     "TTC-zero": lambda unit, known: _counterattack(unit, threshold=known["keep"], closed="nothing"),
     "TTC-pixels": lambda unit, known: Counterattack(),
-    "DOC": lambda unit, known: _counterattack(
-        unit, steps=4, step_size=3 * unit, beta=None, drift="cosine", drift_draws=4, threshold=known["cosine"],
-        sharpness=5.0, momentum=0.9, orthogonal=0.5,
-    ),
+    "DOC": lambda unit, known: _doc(unit, threshold=known["cosine"]),
+    "DOC-open": lambda unit, known: _doc(unit, threshold=None),
+    "DOC-reversed": lambda unit, known: _doc(unit, threshold=known["cosine"], reverse=True),
     "MAC": lambda unit, known: _counterattack(
         unit, steps=4, step_size=2 * unit, radius=8 * unit, beta=None, drift="mirror", threshold=0.7, sharpness=70.0,
         mirrored=True,
@@ -145,6 +149,8 @@ DEFENSES: dict[str, Callable[[float, Mapping[str, float]], Defense]] = {
     "SCC": lambda unit, known: _consistency(unit),
     "SCC-zero": lambda unit, known: _consistency(unit, start="zero"),
     "SCC-calibrated": lambda unit, known: _consistency(unit, threshold=known["keep"], gated=True),
+    "SCC-open": lambda unit, known: _consistency(unit, threshold=None),
+    "SCC-reversed": lambda unit, known: _consistency(unit, threshold=known["reverse"], reverse=True, gated=True),
     "SCC-neither": lambda unit, known: _consistency(unit, steps=0, count=1),
     "SCC-semantic": lambda unit, known: _consistency(unit, count=1),
     "SCC-spatial": lambda unit, known: _consistency(unit, steps=0),
