@@ -34,9 +34,9 @@ from robustclip.defenses.base import Defended, Defense, redrawn, unwrapped
 from robustclip.models import logits_of
 from robustclip.randomness import own_noise
 
-# Aim -> the part that a defense must tell for it; None: always there, "plain" wherever something defends.
+# Aim -> the part that a defense must tell for it, its own answer for "plain"; None: there without a defense, too.
 AIMS = {
-    "plain": None,
+    "plain": "logits",
     "guess": "guess",
     "smooth": "smooth",
     "answer": None,
@@ -116,11 +116,11 @@ class Aware(Attack):
         self, classifier: Classifier, images: Tensor, labels: Tensor, turn: int, aim: str, rows: Tensor
     ) -> Outcome:
         """One climb of the images that still stand, judged at draws of its own."""
-        mine, true, blind = images[rows], labels[rows], aim == "plain" or is_random(classifier)
+        mine, true, to_the_end = images[rows], labels[rows], aim == "plain" or is_random(classifier)
         found = ascend(
             self._objective(classifier, true, aim), mine, eps=self.eps, steps=self.steps,
             stepper=FixedSteps(self.step_size), noise=own_noise(mine, self.seed + 7919 * turn),
-            keep="last" if blind else "best", stop=not blind,
+            keep="last" if to_the_end else "best", stop=not to_the_end,
         ).images  # fmt: skip
         answers = self._answers(classifier, found)
         wrong = torch.stack([fooled(one, true) for one in answers]).double()
@@ -169,8 +169,8 @@ def aims_against(classifier: Classifier, wanted: tuple[str, ...] = ()) -> Iterat
     """The aims that a defended classifier leaves open, of those wanted if some are named."""
     defended = outermost(classifier)
     for aim, part in AIMS.items():
-        is_open = aim != "plain" if part is None else bool(defended) and tells(defended.defense, part)
-        if (not wanted or aim in wanted) and (is_open or (aim == "plain" and defended)):
+        is_open = part is None or (bool(defended) and tells(defended.defense, part))
+        if is_open and (not wanted or aim in wanted):
             yield aim
 
 
@@ -181,7 +181,7 @@ def outermost(classifier: Classifier) -> Defended | None:
 
 
 def tells(defense: Defense, part: str) -> bool:
-    """Whether a defense tells this part, "surrogate", "smooth", "views", "guess" or "gate"; its `lacks` says no."""
+    """Whether a defense tells this part, "smooth", "views", "guess", "gate" or its answer; its `lacks` says no."""
     own = getattr(type(defense), part, None)
     return own is not None and own is not getattr(Defense, part, None) and part not in getattr(defense, "lacks", ())
 

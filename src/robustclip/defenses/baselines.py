@@ -6,6 +6,7 @@ Hedge           a few steps that raise the cross-entropies of all classes togeth
 LowPass         without the high frequencies
 """
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -45,9 +46,9 @@ class Correction(Defense):
             if getattr(self, name, None) is not None:
                 check_range(name, getattr(self, name), 0, 1)
 
+    @abstractmethod
     def correction(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """delta(x), (n, 3, h, w), without a graph."""
-        raise NotImplementedError
 
     def corrected(self, classifier: Classifier, images: Tensor, draw: int) -> Tensor:
         """The moved images, whose gradient is that of the images."""

@@ -8,6 +8,7 @@ starts at zero, at the classifier's own prompts, whatever their template. The we
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -113,9 +114,9 @@ class PromptTuning(FromViews):
         check_range("step_size", self.step_size, 0)
         check_range("confident", self.confident, 0, 1)
 
+    @abstractmethod
     def loss(self, logits: Tensor) -> Tensor:
         """What is minimised, (n,), of the logits (kept, n, classes) of the confident views."""
-        raise NotImplementedError
 
     def confident_views(self, plain: ZeroShotClassifier, features: Tensor) -> Tensor:
         """The features (kept, n, d) of the views (views, n, d) that are surest of themselves, one view at least."""
