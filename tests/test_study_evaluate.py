@@ -23,6 +23,7 @@ from robustclip.study import (
     artifact,
     confirm,
     evaluate,
+    exchange,
     export,
     grid,
     is_stale,
@@ -36,6 +37,7 @@ from robustclip.study import (
     reproduce,
     scale,
 )
+from robustclip.study.provenance import commit
 from robustclip.study.shipped import shipped_records
 from robustclip.study.store import signed
 from study_fakes import Darken, FakeClip, Guess, Step
@@ -483,9 +485,43 @@ def test_a_harmless_change_is_confirmed_and_a_flip_is_not(tmp_path, shipping, mo
     monkeypatch.setattr(provenance, "digest", lambda module, name: "newer" if name == "PGD" else own(module, name))
     perturb = PGD.perturb
     monkeypatch.setattr(PGD, "perturb", lambda *arguments: 1 - perturb(*arguments))
+    monkeypatch.setattr(exchange, "_by_commit", lambda commit, records, store: records)  # which answered as shipped
     found = confirm("quick", tmp_path / "again")
     assert found["confirmed"].tolist() == [False]
     assert sorted(map(is_stale, shipped_records("quick"))) == [False, True]
+
+
+@pytest.mark.parametrize("as_then", [True, False])
+def test_flips_of_another_processor_are_told_from_those_of_a_change(tmp_path, shipping, monkeypatch, as_then):
+    """Shipped are answers that no code gives here; what counts is whether old and new code agree on this machine."""
+    from robustclip.study import shipped
+
+    shipping(real())
+    here = {record["key"]: record for record in shipped_records("quick")}
+    elsewhere = [dict(record) for record in here.values()]
+    for record in elsewhere:
+        record["answers"] = {name: [1 - one for one in part] for name, part in record["answers"].items()}
+    shipped.write_cells(tmp_path / "results/quick", map(signed, elsewhere))
+    own, asked = provenance.digest, []
+    monkeypatch.setattr(provenance, "digest", lambda module, name: "new" if name == "PGD" else own(module, name))
+
+    def by_commit(commit, records, store):
+        asked.append(commit)
+        found = [here[record["key"]] for record in records]
+        return found if as_then else [one | {"provenance": {}} for one in found]  # of code that is not the record's
+
+    monkeypatch.setattr(exchange, "_by_commit", by_commit)
+    assert confirm("quick", tmp_path / "again")["confirmed"].tolist() == [as_then]
+    assert asked[0] == elsewhere[0]["commit"]
+
+
+@pytest.mark.skipif(not commit(), reason="no checkout: old code is not at hand")
+def test_old_code_measures_in_a_checkout_of_its_commit(tmp_path, shipping):
+    shipping(real(n=4))
+    records = shipped_records("quick")
+    again = exchange._by_commit(commit(), records, Store(tmp_path / "then"))
+    assert {one["key"]: one["answers"] for one in again} == {one["key"]: one["answers"] for one in records}
+    assert exchange._by_commit("no-commit", records, Store(tmp_path / "then")) == []
 
 
 def test_cells_can_be_named_where_the_data_is_not(tmp_path, shipping, monkeypatch):

@@ -1,7 +1,11 @@
 """Results that travel: export what was measured, measure it again, confirm that a change of code changed no answer."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -22,7 +26,7 @@ from robustclip.study import shipped as files
 from robustclip.study.bench import TRAINED
 from robustclip.study.cells import Cell
 from robustclip.study.evaluate import evaluate, is_stale
-from robustclip.study.provenance import current, digests
+from robustclip.study.provenance import ROOT, current, digests
 from robustclip.study.scales import Scale
 from robustclip.study.store import Store, Where
 from robustclip.study.trained import FACTS, read_facts, retrace
@@ -155,8 +159,10 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
     """Measure a sample of the stale shipped cells again; where every answer is equal, map old digests of code to new.
 
     At least three cells for each component that changed, of every kind of attack that used it the cheapest, and the
-    first updates of one training per recipe. One flip, and all cells with that change are due again. The map is kept in
-    `confirmed.json` with what it rests on. One row per component: old, new, how many cells, flips, confirmed.
+    first updates of one training per recipe. One flip, and all cells with that change are due again; but processors
+    round in their own ways, so a cell with flips is compared with what the code of its commit answers on this machine.
+    The map is kept in `confirmed.json` with what it rests on. One row per component: old, new, how many cells, flips,
+    confirmed.
     """
     stale = [record for record in files.shipped_records(scale) if is_stale(record)]
     changes: dict[tuple[str, str, str], list[dict]] = {}
@@ -166,7 +172,9 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
     evidence = {change: _sample(records) for change, records in changes.items() if not change[0].startswith(TRAINED)}
     picked = {record["key"]: record for records in evidence.values() for record in records}
     again = Store(Store(store).root / "confirm" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
-    flips = _again(list(picked.values()), again, device).set_index("key")["flips"] if picked else {}
+    flips = dict(_again(list(picked.values()), again, device).set_index("key")["flips"]) if picked else {}
+    for key, then in _as_then([record for key, record in picked.items() if flips[key]], again).items():
+        flips[key] = differing(then, again.cell(scale, key).read()["answers"])
     rows = [_row(change, [flips[record["key"]] for record in records]) for change, records in evidence.items()]
     rows += [_row(change, retraced) for change, retraced in _retraced(scale, changes).items()]
     found = pd.DataFrame(rows, columns=["component", "old", "new", "cells", "flips", "confirmed"])
@@ -175,6 +183,58 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
         maps.setdefault(row.component, {})[row.old] = {"new": row.new, "checked": row.cells, "date": date}
     files.write_json(Path(folder or files.destination()) / scale, files.CONFIRMED, maps)
     return found
+
+
+AS_THEN = """
+import json, sys
+from robustclip.study.cells import Cell
+from robustclip.study.evaluate import evaluate
+from robustclip.study.store import Store
+for made in json.load(sys.stdin):
+    row = evaluate([Cell.again(made)], sys.argv[1], "cpu", fresh=True).iloc[0]
+    print(json.dumps(Store(sys.argv[1]).cell(row["scale"], row["key"]).read()))
+"""
+
+
+def _as_then(records: Iterable[dict], store: Store) -> dict[str, dict]:
+    """By key, the answers that the code of their commits gives here; none for code that cannot be had any more.
+
+    What was measured before it was committed is found in the commit after.
+    """
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        groups.setdefault(record["commit"], []).append(record)
+    wanted, found = {record["key"]: record["provenance"] for group in groups.values() for record in group}, {}
+    for commit, group in groups.items():
+        for candidate in (commit, *_committed_after(commit)):
+            due = [record for record in group if record["key"] not in found]
+            again = _by_commit(candidate, due, store) if due else []
+            found |= {one["key"]: one["answers"] for one in again if wanted.get(one["key"]) == one["provenance"]}
+    return found
+
+
+def _committed_after(commit: str) -> list[str]:
+    """The next commit that changed the package, if there is one."""
+    command = ["git", "-C", str(ROOT), "rev-list", "--reverse", f"{commit}..HEAD", "--", "."]
+    try:
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[:1]
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def _by_commit(commit: str, records: Sequence[dict], store: Store) -> list[dict]:
+    """The records that the package, as it was in a commit of this checkout, measures of the same cells."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpack, measure = ["tar", "-x", "-C", folder], [sys.executable, "-c", AS_THEN, str(store.root / commit)]
+        cells, there = json.dumps([record["made_by"] for record in records]), {"PYTHONPATH": str(Path(folder) / "src")}
+        ask = {"check": True, "stdout": subprocess.PIPE}
+        try:
+            packed = subprocess.run(["git", "-C", str(ROOT.parents[1]), "archive", commit, "src"], **ask).stdout
+            subprocess.run(unpack, input=packed, **ask)
+            told = subprocess.run(measure, input=cells.encode(), env=os.environ | there, **ask).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return []
+    return [json.loads(line) for line in told.splitlines()]
 
 
 def _changed(record: dict) -> list[tuple[str, str, str]]:
