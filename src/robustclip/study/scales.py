@@ -20,7 +20,8 @@ from robustclip.data.sources import SOURCES
 from robustclip.defenses.base import Defense
 from robustclip.models import PRECISIONS
 from robustclip.study.named import NAMES, named_attack, named_defense
-from robustclip.training.recipes import Recipe, named_recipe
+from robustclip.training.named import named_recipe
+from robustclip.training.recipes import Recipe
 
 WORLDS = ("tinyworld", "photo", "paper")  # drawings, photographs, the papers' own sets
 

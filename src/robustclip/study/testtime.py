@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robustclip.study.cells import Cell, grid
+from robustclip.study.finetuning import tuned
 from robustclip.study.scales import Scale
-from robustclip.study.trained import Tuned, fine_tuned
+from robustclip.study.trained import Tuned
 
 ROLES = ("cifar10", "caltech101", "stl10", "pets")  # of the tables with every attack
 AWARE_ROLES = ROLES
@@ -38,8 +39,7 @@ def aware(
 
 def hosts(scale: Scale, device: str = "auto") -> dict[str, Tuned]:
     """Adversarially fine-tuned CLIPs behind which defenses are put, trained when a cell that is missing needs them."""
-    settings = {"precision": PRECISION} | scale.training.get("hosts", {})
-    return {"TeCoA": fine_tuned(scale, ["TeCoA"], "tinyimagenet", device=device, **settings)["TeCoA/tinyimagenet"]}
+    return tuned(scale, ["TeCoA"], device=device)
 
 
 def _cells(

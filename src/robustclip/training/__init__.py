@@ -3,15 +3,19 @@
 A recipe is a loss, an inner attack and an optimisation: `train(TeCoA(eps=4/255), clip, pictures).clip`.
 """
 
+from robustclip.training.anchored import LAAT, TIMA
 from robustclip.training.batch import Batch
+from robustclip.training.guided import FARE, PMGAFT, TGAZSR
 from robustclip.training.inner import InnerAttack
 from robustclip.training.interpolation import interpolate
 from robustclip.training.loop import Diverged, train
+from robustclip.training.named import named_recipe
 from robustclip.training.optimisation import Optimisation
 from robustclip.training.pictures import Order, Pictures
-from robustclip.training.recipes import VP, AdvPT, MMCoA, Recipe, Standard, TeCoA, contrast, named_recipe
+from robustclip.training.recipes import VP, AdvPT, MMCoA, Recipe, Standard, TeCoA, contrast
 
 __all__ = [
-    "VP", "AdvPT", "Batch", "Diverged", "InnerAttack", "MMCoA", "Optimisation", "Order", "Pictures", "Recipe",
-    "Standard", "TeCoA", "contrast", "interpolate", "named_recipe", "train",
+    "FARE", "LAAT", "PMGAFT", "TGAZSR", "TIMA", "VP", "AdvPT", "Batch", "Diverged", "InnerAttack", "MMCoA",
+    "Optimisation", "Order", "Pictures", "Recipe", "Standard", "TeCoA", "contrast", "interpolate", "named_recipe",
+    "train",
 ]  # fmt: skip

@@ -69,11 +69,21 @@ class Batch:
 
     def features(self, images: Tensor) -> Tensor:
         """(n, d) unit features of everybody's images, with gradients."""
-        return gather(self.clip.encode_images(images))
+        return gather(self.clip.encode_images(self.recipe.shown(self.clip, images)))
+
+    def raw(self, images: Tensor) -> Tensor:
+        """As `features`, before they are scaled to unit length."""
+        return gather(self.clip.raw_images(self.recipe.shown(self.clip, images)))
 
     def logits(self, features: Tensor, texts: Tensor) -> Tensor:
         """s cos(I, T)."""
-        return self.clip.logit_scale.float() * features @ texts.T
+        return self.scale * features @ texts.T
+
+    @property
+    def scale(self) -> Tensor | float:
+        """s, which multiplies cosines: the CLIP's, or the inverse of a temperature that the recipe has of its own."""
+        own = getattr(self.recipe, "temperature", None)
+        return self.clip.logit_scale.float() if own is None else 1 / own
 
     @property
     def own_labels(self) -> Tensor:

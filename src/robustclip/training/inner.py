@@ -20,8 +20,13 @@ Loss = Callable[[Tensor], Tensor]  # points (n, 3, h, w) -> what to raise, one n
 
 def cross_entropy(batch: Batch, clip: Clip) -> Loss:
     """CE(f(x'), t) over all class prompts."""
-    scale, texts, labels = clip.logit_scale.float(), batch.texts(batch.prompts), batch.own_labels
-    return lambda points: F.cross_entropy(scale * clip.encode_images(points) @ texts.T, labels, reduction="none")
+    scale, texts, labels, shown = batch.scale, batch.texts(batch.prompts), batch.own_labels, batch.recipe.shown
+
+    def loss(points: Tensor) -> Tensor:
+        logits = scale * clip.encode_images(shown(clip, points)) @ texts.T
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    return loss
 
 
 def feature_distance(batch: Batch, clip: Clip) -> Loss:

@@ -76,6 +76,10 @@ class Recipe(ABC):
     def loss(self, batch: Batch) -> Tensor:
         """What to minimise, a scalar."""
 
+    def shown(self, clip: Clip, images: Tensor) -> Tensor:
+        """What a CLIP is shown of pictures: themselves."""
+        return images
+
     def prepare(self, clip: Clip, classes: Classes) -> Clip:
         """Add to a copy of the CLIP what the recipe needs besides its weights: prompts, a transform of its texts."""
         return clip
@@ -194,30 +198,3 @@ class VP(TeCoA):
     def prepare(self, clip: Clip, classes: Classes) -> Clip:
         """Add the frame."""
         return add_frame(clip, self.width, self.seed)
-
-
-# --- by name ----------------------------------------------------------------------------------------------------------
-
-RECIPES: dict[str, tuple[type[Recipe], dict[str, Any]]] = {
-    "FT-standard": (Standard, {}),
-    "FT-contrastive": (Standard, {"contrastive": True}),
-    "TeCoA": (TeCoA, {}),
-    "TeCoA-both": (TeCoA, {"trains": "both"}),  # the text tower learns, too
-    "MMCoA": (MMCoA, {}),
-    "MMCoA-partial": (MMCoA, {"trains": "image"}),
-    "MMCoA-image-term": (MMCoA, {"text_weight": 0}),
-    "MMCoA-text-term": (MMCoA, {"image_weight": 0}),
-    "MMCoA-leak": (MMCoA, {"leak": True}),
-    "MMCoA-decay": (MMCoA, {"weight_decay": 0.2}),
-    "MMCoA-L2": (MMCoA, {"weight_decay": 0.2, "optimizer": "adam"}),  # the decay inside Adam's gradient, as released
-    "MMCoA-sampler": (MMCoA, {"sampler": "released"}),
-    "MMCoA-aligned": (MMCoA, {"text": BertAttack()}),
-    "AdvPT": (AdvPT, {}),
-    "VP": (VP, {}),
-}
-
-
-def named_recipe(name: str, **settings: Any) -> Recipe:
-    """The recipe called `name` with flat settings, as `Recipe.of` takes them."""
-    kind, own = RECIPES[check_choice("recipe", name, RECIPES)]
-    return kind.of(**own | settings)
