@@ -28,7 +28,7 @@ from robustclip.study import (
     tuned_by_shots,
 )
 from robustclip.study import trained as module
-from robustclip.study.trained import FACTS, model_name, retrace
+from robustclip.study.trained import FACTS, Soup, model_name, retrace
 from robustclip.training.checkpoint import CHECKPOINT
 from robustclip.training.loop import Run
 
@@ -89,6 +89,25 @@ def test_nothing_is_trained_before_weights_are_needed(small, tmp_path, updates):
     assert not (tmp_path / "runs").exists()
     again = fine_tuned(small, RECIPES, "cifar10", store=tmp_path / "other", device="cpu")
     assert [model.digest for model in again.values()] == [found[name].digest for name in again]
+
+
+def test_a_soup_is_the_mean_of_its_members_in_any_order(small, tmp_path, updates):
+    members = tuple(fine_tuned(small, [*RECIPES, "FARE"], "cifar10", store=tmp_path, device="cpu").values())
+    soup, again = Soup("soup", members), Soup("other name", members[::-1])
+    assert soup.digest == again.digest != Soup("two", members[:2]).digest
+    assert rebuild(settings(soup)) == soup
+    assert soup.base == members[0].base
+    assert not updates
+    mixed = models.load(os.fspath(soup), device="cpu")
+    assert os.fspath(soup) == os.fspath(again)
+    states = [models.load(os.fspath(member), device="cpu").network.state_dict() for member in members]
+    for name, value in mixed.network.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, sum(state[name] for state in states) / 3, rtol=1e-4, atol=1e-6)
+    (row,) = evaluate(grid(small, {"soup": soup}, ["cifar10"], ["clean"]), tmp_path, device="cpu").to_dict("records")
+    assert not row["stale"]
+    with pytest.raises(ValueError, match=r"soup 'none' are none; give at least one"):
+        Soup("none", ())
 
 
 def test_models_are_trained_once_and_described(small, tmp_path, updates):

@@ -33,6 +33,7 @@ from robustclip.study.statistics import (
 )
 from robustclip.study.store import Store
 from robustclip.study.trained import (
+    Soup,
     Tuned,
     fine_tuned,
     model_name,
@@ -43,8 +44,8 @@ from robustclip.study.trained import (
 )
 
 __all__ = [
-    "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Store", "Tuned", "Verdict", "artifact",
-    "audit_cell", "averages", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
+    "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Soup", "Store", "Tuned", "Verdict",
+    "artifact", "audit_cell", "averages", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
     "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "look_up", "macro",
     "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds", "paired_difference", "parse_eps",
     "plan", "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce", "room", "scale",

@@ -208,6 +208,54 @@ class Tuned(os.PathLike):
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Soup(os.PathLike):
+    """The mean of the weights of several fine-tuned models, whatever their order; mixed when it is first needed."""
+
+    name: str  # as tables call it
+    members: tuple[Tuned, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "members", tuple(self.members))
+        if not self.members:
+            raise ValueError(f"members=() of the soup {self.name!r} are none; give at least one fine-tuned model")
+
+    @cached_property
+    def identity(self) -> dict:
+        """What makes the weights: the digests of the members."""
+        return {"soup": sorted(member.digest for member in self.members)}
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the model in keys of results."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:24]
+
+    @property
+    def base(self) -> str:
+        """The model that the members were fine-tuned from."""
+        return self.members[0].base
+
+    def provenance(self) -> dict[str, str]:
+        """Digests of the code that makes the members, and of what mixes them."""
+        return digests(*(member.recipe for member in self.members), train, interpolate)
+
+    def __fspath__(self) -> str:
+        return str(self.folder())
+
+    def folder(self) -> Path:
+        """The folder of the weights; members that are not there are trained."""
+        own = sorted(self.members, key=lambda member: member.digest)
+        folders = [member.folder() for member in own]
+        code = hashlib.sha256(json.dumps(self.provenance(), sort_keys=True).encode()).hexdigest()[:8]
+        place = Store(own[0].store).root / own[0].scale / "models" / f"{self.digest}-{code}"
+        if not place.is_dir():
+            mixed, *others = (models.load(str(folder), own[0].device) for folder in folders)
+            for count, other in enumerate(others, 2):
+                mixed = interpolate(mixed, other, 1 / count)
+            models.save(mixed, place.with_name(f"unfinished-{os.getpid()}")).replace(place)
+        return place
+
+
 def fine_tuned(
     scale: str | Scale, recipes: Sequence[str], role: str, shots: Sequence[int | None] = (None,), seed: int = 0,
     store: Store | str | Path | None = None, device: str = "auto", stages: int = 1, **settings: Any,
