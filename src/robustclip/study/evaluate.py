@@ -190,10 +190,10 @@ def is_stale(record: dict, code: Mapping[str, str] | None = None) -> bool:
     """
     maps, own = confirmed(record["cell"]["scale"]), record["provenance"]
     now = code or {name: current(name.removeprefix(TRAINED)) or digest for name, digest in own.items()}
-    return set(now) != set(own) or any(_newest(own[name], maps.get(name, {})) != now[name] for name in now)
+    return set(now) != set(own) or any(newest(own[name], maps.get(name, {})) != now[name] for name in now)
 
 
-def _newest(digest: str, later: Mapping[str, dict]) -> str:
+def newest(digest: str, later: Mapping[str, dict]) -> str:
     """The digest that an old one was confirmed to equal, step by step."""
     seen = set()
     while digest in later and digest not in seen:

@@ -25,7 +25,7 @@ from robustclip.progress import progress
 from robustclip.study import shipped as files
 from robustclip.study.bench import TRAINED
 from robustclip.study.cells import Cell
-from robustclip.study.evaluate import evaluate, is_stale
+from robustclip.study.evaluate import evaluate, is_stale, newest
 from robustclip.study.provenance import ROOT, current, digests
 from robustclip.study.scales import Scale
 from robustclip.study.store import Store, Where
@@ -238,11 +238,11 @@ def _by_commit(commit: str, records: Sequence[dict], store: Store) -> list[dict]
 
 
 def _changed(record: dict) -> list[tuple[str, str, str]]:
-    """Components of a record whose code is another now."""
-    found = []
+    """Components of a record whose code is another now, and not confirmed yet."""
+    found, maps = [], files.confirmed(record["cell"]["scale"])
     for name, old in record["provenance"].items():
         new = current(name.removeprefix(TRAINED))
-        if new is not None and new != old:
+        if new is not None and newest(old, maps.get(name, {})) != new:
             found.append((name, old, new))
     return found
 
