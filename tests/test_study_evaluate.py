@@ -23,7 +23,6 @@ from robustclip.study import (
     artifact,
     confirm,
     evaluate,
-    exchange,
     export,
     grid,
     is_stale,
@@ -36,6 +35,7 @@ from robustclip.study import (
     reference,
     reproduce,
     scale,
+    then,
 )
 from robustclip.study.provenance import commit
 from robustclip.study.shipped import shipped_records
@@ -485,7 +485,7 @@ def test_a_harmless_change_is_confirmed_and_a_flip_is_not(tmp_path, shipping, mo
     monkeypatch.setattr(provenance, "digest", lambda module, name: "newer" if name == "PGD" else own(module, name))
     perturb = PGD.perturb
     monkeypatch.setattr(PGD, "perturb", lambda *arguments: 1 - perturb(*arguments))
-    monkeypatch.setattr(exchange, "_by_commit", lambda commit, records, store: records)  # which answered as shipped
+    monkeypatch.setattr(then, "run_then", lambda *_: shipped_records("quick"))  # which answers as shipped
     found = confirm("quick", tmp_path / "again")
     assert found["confirmed"].tolist() == [False]
     assert sorted(map(is_stale, shipped_records("quick"))) == [False, True]
@@ -505,12 +505,12 @@ def test_flips_of_another_processor_are_told_from_those_of_a_change(tmp_path, sh
     own, asked = provenance.digest, []
     monkeypatch.setattr(provenance, "digest", lambda module, name: "new" if name == "PGD" else own(module, name))
 
-    def by_commit(commit, records, store):
+    def run_then(commit, *_):
         asked.append(commit)
-        found = [here[record["key"]] for record in records]
+        found = here.values()
         return found if as_then else [one | {"provenance": {}} for one in found]  # of code that is not the record's
 
-    monkeypatch.setattr(exchange, "_by_commit", by_commit)
+    monkeypatch.setattr(then, "run_then", run_then)
     assert confirm("quick", tmp_path / "again")["confirmed"].tolist() == [as_then]
     assert asked[0] == elsewhere[0]["commit"]
 
@@ -519,9 +519,10 @@ def test_flips_of_another_processor_are_told_from_those_of_a_change(tmp_path, sh
 def test_old_code_measures_in_a_checkout_of_its_commit(tmp_path, shipping):
     shipping(real(n=4))
     records = shipped_records("quick")
-    again = exchange._by_commit(commit(), records, Store(tmp_path / "then"))
+    cells = [record["made_by"] for record in records]
+    again = then.run_then(commit(), then.CELLS, cells, str(tmp_path / "then"))
     assert {one["key"]: one["answers"] for one in again} == {one["key"]: one["answers"] for one in records}
-    assert exchange._by_commit("no-commit", records, Store(tmp_path / "then")) == []
+    assert then.run_then("no-commit", then.CELLS, cells, str(tmp_path / "then")) == []
 
 
 def test_cells_can_be_named_where_the_data_is_not(tmp_path, shipping, monkeypatch):

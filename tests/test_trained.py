@@ -24,10 +24,12 @@ from robustclip.study import (
     plan_training,
     played_shots,
     scale,
+    then,
     training_facts,
     tuned_by_shots,
 )
 from robustclip.study import trained as module
+from robustclip.study.provenance import commit
 from robustclip.study.trained import FACTS, Soup, model_name, retrace
 from robustclip.training.checkpoint import CHECKPOINT
 from robustclip.training.loop import Run
@@ -345,10 +347,22 @@ def test_identity_is_as_shipped_where_weights_and_pictures_are_missing(small, tm
 def test_retracing_tells_other_training_from_the_same(small, tmp_path, recipe):
     tuned = one(small, tmp_path, recipe)
     facts = tuned.facts()
-    assert retrace(tuned, facts)
-    assert retrace(tuned, facts | {"first_losses": [loss * (1 + 1e-7) for loss in facts["first_losses"]]})
-    assert not retrace(tuned, facts | {"first_losses": [loss * (1 + 1e-5) for loss in facts["first_losses"]]})
-    assert not retrace(replace(tuned, recipe=replace(tuned.recipe, seed=1)), facts)
+    assert retrace(tuned, facts["first_losses"])
+    assert retrace(tuned, [loss * (1 + 1e-7) for loss in facts["first_losses"]])
+    assert not retrace(tuned, [loss * (1 + 1e-5) for loss in facts["first_losses"]])
+    assert not retrace(replace(tuned, recipe=replace(tuned.recipe, seed=1)), facts["first_losses"])
+    assert not retrace(tuned, None)
+
+
+@pytest.mark.skipif(not commit(), reason="no checkout: old code is not at hand")
+def test_the_code_of_a_commit_trains_with_the_losses_it_had(small, tmp_path):
+    tuned = one(small, tmp_path)
+    (cell,) = grid(small, {"tuned": tuned}, ["cifar10"], ["clean"])
+    (told,) = then.run_then(commit(), then.LOSSES, [cell.made_by(), 2])
+    assert told["losses"] == pytest.approx(list(tuned.facts()["first_losses"])[:2], rel=1e-4)
+    facts = dict(tuned.facts()) | {"commit": commit(), "provenance": told["provenance"]}
+    assert then.losses_then(cell.made_by(), facts, 2) == told["losses"]
+    assert then.losses_then(cell.made_by(), facts | {"provenance": {}}, 2) is None
 
 
 def test_plans_count_the_passes_of_an_epoch(small):

@@ -1,11 +1,7 @@
 """Results that travel: export what was measured, measure it again, confirm that a change of code changed no answer."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -26,10 +22,11 @@ from robustclip.study import shipped as files
 from robustclip.study.bench import TRAINED
 from robustclip.study.cells import Cell
 from robustclip.study.evaluate import evaluate, is_stale, newest
-from robustclip.study.provenance import ROOT, current, digests
+from robustclip.study.provenance import current, digests
 from robustclip.study.scales import Scale
 from robustclip.study.store import Store, Where
-from robustclip.study.trained import FACTS, read_facts, retrace
+from robustclip.study.then import answers_then, losses_then
+from robustclip.study.trained import FACTS, Tuned, read_facts, retrace
 
 SAMPLE, MOST = 3, 12  # cells that are measured again for each component that changed, at least and at most
 FIELDS = ["model", "role", "task", "attack", "attacker", "defense", "eps", "n", "seed"]
@@ -173,7 +170,7 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
     picked = {record["key"]: record for records in evidence.values() for record in records}
     again = Store(Store(store).root / "confirm" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
     flips = dict(_again(list(picked.values()), again, device).set_index("key")["flips"]) if picked else {}
-    for key, then in _as_then([record for key, record in picked.items() if flips[key]], again).items():
+    for key, then in answers_then([record for key, record in picked.items() if flips[key]], again).items():
         flips[key] = differing(then, again.cell(scale, key).read()["answers"])
     rows = [_row(change, [flips[record["key"]] for record in records]) for change, records in evidence.items()]
     rows += [_row(change, retraced) for change, retraced in _retraced(scale, changes).items()]
@@ -183,58 +180,6 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
         maps.setdefault(row.component, {})[row.old] = {"new": row.new, "checked": row.cells, "date": date}
     files.write_json(Path(folder or files.destination()) / scale, files.CONFIRMED, maps)
     return found
-
-
-AS_THEN = """
-import json, sys
-from robustclip.study.cells import Cell
-from robustclip.study.evaluate import evaluate
-from robustclip.study.store import Store
-for made in json.load(sys.stdin):
-    row = evaluate([Cell.again(made)], sys.argv[1], "cpu", fresh=True).iloc[0]
-    print(json.dumps(Store(sys.argv[1]).cell(row["scale"], row["key"]).read()))
-"""
-
-
-def _as_then(records: Iterable[dict], store: Store) -> dict[str, dict]:
-    """By key, the answers that the code of their commits gives here; none for code that cannot be had any more.
-
-    What was measured before it was committed is found in the commit after.
-    """
-    groups: dict[str, list[dict]] = {}
-    for record in records:
-        groups.setdefault(record["commit"], []).append(record)
-    wanted, found = {record["key"]: record["provenance"] for group in groups.values() for record in group}, {}
-    for commit, group in groups.items():
-        for candidate in (commit, *_committed_after(commit)):
-            due = [record for record in group if record["key"] not in found]
-            again = _by_commit(candidate, due, store) if due else []
-            found |= {one["key"]: one["answers"] for one in again if wanted.get(one["key"]) == one["provenance"]}
-    return found
-
-
-def _committed_after(commit: str) -> list[str]:
-    """The next commit that changed the package, if there is one."""
-    command = ["git", "-C", str(ROOT), "rev-list", "--reverse", f"{commit}..HEAD", "--", "."]
-    try:
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[:1]
-    except (OSError, subprocess.CalledProcessError):
-        return []
-
-
-def _by_commit(commit: str, records: Sequence[dict], store: Store) -> list[dict]:
-    """The records that the package, as it was in a commit of this checkout, measures of the same cells."""
-    with tempfile.TemporaryDirectory() as folder:
-        unpack, measure = ["tar", "-x", "-C", folder], [sys.executable, "-c", AS_THEN, str(store.root / commit)]
-        cells, there = json.dumps([record["made_by"] for record in records]), {"PYTHONPATH": str(Path(folder) / "src")}
-        ask = {"check": True, "stdout": subprocess.PIPE}
-        try:
-            packed = subprocess.run(["git", "-C", str(ROOT.parents[1]), "archive", commit, "src"], **ask).stdout
-            subprocess.run(unpack, input=packed, **ask)
-            told = subprocess.run(measure, input=cells.encode(), env=os.environ | there, **ask).stdout
-        except (OSError, subprocess.CalledProcessError):
-            return []
-    return [json.loads(line) for line in told.splitlines()]
 
 
 def _changed(record: dict) -> list[tuple[str, str, str]]:
@@ -279,9 +224,15 @@ def _retraced(scale: str, changes: dict) -> dict[tuple[str, str, str], list[int]
     found, seen = {}, {}
     facts = {one["digest"]: one for one in files.shipped_models(scale).to_dict("records")}
     for change, records in changes.items():
-        model = Cell.again(records[0]["made_by"]).spec if change[0].startswith(TRAINED) else None
+        made = records[0]["made_by"]
+        model = Cell.again(made).spec if change[0].startswith(TRAINED) else None
         if model is not None and model.digest in facts:
             if model.digest not in seen:
-                seen[model.digest] = int(not retrace(model, facts[model.digest]))
+                seen[model.digest] = int(not _trains_alike(model, facts[model.digest], made))
             found[change] = [seen[model.digest]]
     return found
+
+
+def _trains_alike(model: Tuned, facts: dict, made: dict) -> bool:
+    """Whether the first losses are those of the facts, or else those that the code of that time has here."""
+    return retrace(model, facts["first_losses"]) or retrace(model, losses_then(made, facts, len(facts["first_losses"])))
