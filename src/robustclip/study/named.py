@@ -44,6 +44,7 @@ from robustclip.defenses.consistency import SelfConsistency
 from robustclip.defenses.counterattack import Counterattack
 from robustclip.defenses.mean_shift import MTA
 from robustclip.defenses.prompt_tuning import RTPT, TPT
+from robustclip.defenses.smoothing import Smoothing
 from robustclip.defenses.views import TTE, Mirrored, Views
 
 STANDARD = 100  # steps of AutoAttack's parts and of the papers' Co-Attack
@@ -162,6 +163,7 @@ DEFENSES: dict[str, Callable[[float, Mapping[str, float]], Defense]] = {
     "R-TPT": lambda unit, known: RTPT(),
     "MTA": lambda unit, known: MTA(),
     "Noise anchor": lambda unit, known: NoiseAnchor(deviation=8 * unit),
+    "Smoothing": lambda unit, known: Smoothing(deviation=4 * unit, copies=32),
     "COLA": lambda unit, known: COLA(),
     "COLA-no-projection": lambda unit, known: COLA(projection="off"),
     "COLA-random": lambda unit, known: COLA(projection="random"),
