@@ -166,13 +166,17 @@ def reference(scale: str, tuned: Iterable[Any] | None = None) -> pd.DataFrame:
 
     With `tuned`, of fine-tuned models only those: others may have the same names and other settings.
     """
-    rows = [row for record in shipped_records(scale)
-            for row in _rows(record["cell"], record, "shipped", is_stale(record))]  # fmt: skip
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    if tuned is None or frame.empty:
-        return frame
-    known = set(map(_digest_if_known, tuned))
-    return frame[frame["checkpoint"].isin(known) | ~frame["model"].str.contains("/")]
+    records = shipped_records(scale)
+    if tuned is not None:
+        known = set(map(_digest_if_known, tuned))
+        records = [record for record in records if record["checkpoint"] in known or not is_trained(record)]
+    rows = [row for record in records for row in _rows(record["cell"], record, "shipped", is_stale(record))]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def is_trained(record: dict) -> bool:
+    """Whether the model of a record was fine-tuned for it."""
+    return any(name.startswith(TRAINED) for name in record["provenance"])
 
 
 def _digest_if_known(model: Any) -> str | None:

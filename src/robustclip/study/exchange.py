@@ -21,7 +21,7 @@ from robustclip.progress import progress
 from robustclip.study import shipped as files
 from robustclip.study.bench import TRAINED
 from robustclip.study.cells import Cell
-from robustclip.study.evaluate import evaluate, is_stale, newest
+from robustclip.study.evaluate import evaluate, is_stale, is_trained, newest
 from robustclip.study.provenance import current, digests
 from robustclip.study.scales import Scale
 from robustclip.study.store import Store, Where
@@ -195,17 +195,13 @@ def _changed(record: dict) -> list[tuple[str, str, str]]:
 def _sample(records: Sequence[dict]) -> list[dict]:
     """Records that can be measured again, without training if possible: the cheapest of every kind of attack."""
     able = [record for record in records if record["made_by"] is not None]
-    able.sort(key=lambda record: (_is_trained(record), record["forward"] + record["backward"], record["key"]))
+    able.sort(key=lambda record: (is_trained(record), record["forward"] + record["backward"], record["key"]))
     kinds: dict[tuple, dict] = {}
     for record in able:
         kinds.setdefault((record["cell"]["task"], record["cell"]["played_by"].partition("(")[0]), record)
     chosen = list(kinds.values())[:MOST]
     rest = [record for record in able if record not in chosen]
     return chosen + rest[: max(0, SAMPLE - len(chosen))]
-
-
-def _is_trained(record: dict) -> bool:
-    return any(name.startswith(TRAINED) for name in record["provenance"])
 
 
 def _row(change: tuple[str, str, str], flips: Sequence[int | None]) -> dict:
