@@ -403,12 +403,18 @@ def test_what_is_shipped_is_read_after_the_store_with_every_answer(tmp_path, shi
     assert reference("full").empty
 
 
-def test_a_reference_can_be_told_which_models_it_is_of(tmp_path, shipping):
-    shipping(real() + grid("quick", {"TeCoA/cifar10": "tinyworld-clip"}, ["cifar10"], ["clean"], n=9, seeds=[1]))
-    assert set(reference("quick")["model"]) == {"clip", "TeCoA/cifar10"}
-    assert set(reference("quick", [])["model"]) == {"clip"}
-    mine = SimpleNamespace(digest=reference("quick")["checkpoint"].iloc[0])
-    assert set(reference("quick", [mine])["model"]) == {"clip", "TeCoA/cifar10"}
+def test_a_reference_can_be_told_which_trained_models_it_is_of(tmp_path, shipping):
+    from robustclip.study import shipped
+
+    shipping(real())
+    tuned, plain = (dict(record) for record in shipped_records("quick"))
+    tuned |= {"checkpoint": "tuned", "provenance": tuned["provenance"] | {"trained by robustclip.training:TeCoA": "0"}}
+    shipped.write_cells(tmp_path / "results/quick", map(signed, (tuned, plain)))
+    models = {"tuned", plain["checkpoint"]}
+    assert set(reference("quick")["checkpoint"]) == models
+    assert set(reference("quick", [])["checkpoint"]) == {plain["checkpoint"]}
+    assert set(reference("quick", [SimpleNamespace(digest="tuned")])["checkpoint"]) == models
+    assert set(reference("quick", [SimpleNamespace(digest="another")])["checkpoint"]) == {plain["checkpoint"]}
 
 
 def test_seeds_become_one_row_with_an_interval_over_seeds_and_images(tmp_path):
