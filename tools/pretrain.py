@@ -18,6 +18,7 @@ import drawings
 import language
 import photographs
 import pretraining
+from adversary import Adversary
 from drawings import Drawings
 from photographs import Photographs
 from robustclip import models
@@ -29,7 +30,9 @@ from robustclip.training import Pictures, Recipe, Standard, TeCoA, train
 
 ROOT = Path(__file__).parents[1]
 ASSETS, RUNS = ROOT / "src" / "robustclip" / "assets", ROOT / "runs" / "pretraining"
+OUTSIDE = ROOT / "runs" / "ground-up"  # where models go that do not travel with the package
 SOURCES = ("cifar10", "cifar100", "tinyimagenet")
+STEP = 256  # pictures of a step of pre-training
 
 CLIP_CARD = """# {name}
 
@@ -94,6 +97,44 @@ class Trials(NamedTuple):
 
 
 TRIALS = Trials({"updates": 400, "rate": 1e-3}, {"updates": 800, "rate": 2e-3}, ("caltech101",))
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A CLIP that is robust from the ground up: it spends what pre-training and fine-tuning of its world take together.
+
+    It does not travel with the package; the book has its results.
+    """
+
+    scale: str
+    pictures: Callable[[Path], pretraining.Stream]
+    clean: int  # steps of the embedded CLIP
+    language: str = ""
+
+    @property
+    def adversary(self) -> Adversary:
+        """The attacker of fine-tuning's common budget."""
+        there = scale(self.scale)
+        return Adversary(there.reference_eps, there.training["budget"]["attack_steps"], self.language)
+
+    @property
+    def steps(self) -> int:
+        """As many as the passes of the embedded CLIP and of its fine-tuning allow."""
+        budget = scale(self.scale).training["budget"]
+        tuning = budget["updates"] * budget["batch_size"] * (budget["attack_steps"] + 1)
+        return round((self.clean + tuning / STEP) / self.adversary.passes())
+
+    def train(self, folder: Path, steps: int) -> dict:
+        """Train it, or go on."""
+        return pretraining.train_clip(folder, self.pictures(folder), steps, adversary=self.adversary)
+
+    def card(self, name: str, folder: Path, run: dict) -> str:
+        """What it is, without measured numbers: these stand in the book."""
+        digest = models.load(str(folder), device="cpu").digest
+        told = (
+            f"{run['steps']:,} steps, {run['images']:,} pictures attacked by {self.adversary!r}, {run['seconds']:,} s"
+        )
+        return f"# {name}\n\nRobust from the ground up: {told}.\nWeights digest: `{digest}`.\n"
 
 
 @dataclass(frozen=True)
@@ -171,6 +212,11 @@ MODELS = {
         },
         spoken=language.PHOTO,
     ),
+}
+GROWN = {
+    "tinyworld-robust": Grown("full", Drawings, drawings.STEPS),
+    "tinyworld-robust-both": Grown("full", Drawings, drawings.STEPS, "tinyworld-mlm"),
+    "photo-robust": Grown("photo", Photographs, photographs.STEPS),
 }
 
 
@@ -267,10 +313,10 @@ def mlm_facts(folder: Path, spoken: language.Language) -> dict:
 
 
 def make(name: str, out: Path, steps: int | None = None) -> None:
-    """Train into a folder of its own, going on where an interrupted run stopped, then replace the embedded model."""
-    work = RUNS / name
+    """Train into a folder of its own, going on where an interrupted run stopped, then replace the model in `out`."""
+    work, model = RUNS / name, (MODELS | GROWN)[name]
     work.mkdir(parents=True, exist_ok=True)
-    run = MODELS[name].train(work, steps or MODELS[name].steps)
+    run = model.train(work, steps or model.steps)
     (work / "training.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(work, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     shutil.rmtree(work)
@@ -279,17 +325,20 @@ def make(name: str, out: Path, steps: int | None = None) -> None:
 def main() -> None:
     """Train the models that are named, then measure each and write its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", choices=MODELS, metavar="MODEL", help=" or ".join(MODELS))
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the models (default: the package's own)")
+    every = MODELS | GROWN
+    parser.add_argument("models", nargs="+", choices=every, metavar="MODEL", help=" or ".join(every))
+    parser.add_argument(
+        "--out", type=Path, help="folder of the models (default: the package's own, runs/ground-up for robust ones)"
+    )
     parser.add_argument("--steps", type=int, help="steps of training (default: those of the embedded model)")
     parser.add_argument("--card", action="store_true", help="only measure the model that is there and rewrite its card")
     arguments = parser.parse_args()
     for name in arguments.models:
-        folder = arguments.out / name
+        folder = (arguments.out or (ASSETS if name in MODELS else OUTSIDE)) / name
         if not arguments.card:
             make(name, folder, arguments.steps)
         run = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        (folder / "README.md").write_text(MODELS[name].card(name, folder, run), encoding="utf-8")
+        (folder / "README.md").write_text(every[name].card(name, folder, run), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Pre-train a CLIP from nothing; `tools/pretrain.py` runs it and writes the model cards.
 
-A stream says what a step sees: `drawings.py` for Tinyworld, `photographs.py` for real ones. An interrupted run goes on
-from its last checkpoint and ends with the same weights. The folder is written in open_clip's format.
+A stream says what a step sees: `drawings.py` for Tinyworld, `photographs.py` for real ones; `adversary.py` attacks it.
+An interrupted run goes on from its last checkpoint and ends with the same weights. The folder is written in open_clip's
+format.
 """
 
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adversary import Adversary
 from robustclip.files import write_whole
 from robustclip.models import CONFIG, WEIGHTS
 from robustclip.training import checkpoint
@@ -167,9 +170,18 @@ def descend(
 
 @torch.random.fork_rng(devices=())
 def train_clip(
-    folder: Path, stream: Stream, steps: int, peak: float = 2e-3, workers: int = 1, report_every: int = 100
+    folder: Path,
+    stream: Stream,
+    steps: int,
+    peak: float = 2e-3,
+    workers: int = 1,
+    report_every: int = 100,
+    adversary: Adversary | None = None,
 ) -> dict:
-    """Train a CLIP on the steps of the stream, or go on with an interrupted run, and save it into `folder`."""
+    """Train a CLIP on the steps of the stream, or go on with an interrupted run, and save it into `folder`.
+
+    With an adversary it learns from what that makes of them.
+    """
     torch.manual_seed(0)
     _write_config(folder, stream.text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,31 +192,44 @@ def train_clip(
     optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
 
     def losses(first: int) -> Iterator[Tensor]:
-        order = range(first, steps)
+        order, numbers = range(first, steps), count(first)
         for batch in torch.utils.data.DataLoader(stream, batch_size=None, sampler=order, num_workers=workers):
             learner["clip"].logit_scale.data.clamp_(max=math.log(100))
-            yield _loss(learner, Step(*(part.to(device) for part in batch)), stream.smoothing)
+            learn = _Objective(learner, Step(*(part.to(device) for part in batch)), stream.smoothing)
+            shown = learn.step.images.float() / 255, learn.step.tokens
+            if adversary:
+                shown = adversary(learner, learn, *shown, next(numbers), steps)
+            yield learn(*shown)
 
     weights, path = [*learner.parameters(), *learner.buffers()], folder / checkpoint.CHECKPOINT
-    facts = {"steps": steps, "peak": peak, "stream": stream.name}
+    facts = {"steps": steps, "peak": peak, "stream": stream.name} | (
+        {"adversary": repr(adversary)} if adversary else {}
+    )
     seconds = descend(weights, optimizer, losses, path, facts, report_every, clip_norm=1.0)
     _save(learner["clip"], folder)
     path.unlink(missing_ok=True)
     return {"steps": steps, "peak": peak, "images": steps * stream.pictures, "seconds": seconds, "device": device}
 
 
-def _loss(learner: nn.ModuleDict, batch: Step, smoothing: float) -> Tensor:
-    """The contrastive loss of a step, and that of the classifier, if there is one."""
-    pixels, preprocess = batch.images.float() / 255, CLIP_CONFIG["preprocess_cfg"]
-    if pixels.shape[-1] != SIZE:
-        pixels = F.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", antialias=False)
-    mean, std = (torch.tensor(preprocess[key], device=pixels.device).view(3, 1, 1) for key in ("mean", "std"))
-    with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
-        seen = learner["clip"].encode_image(((pixels - mean) / std).contiguous(memory_format=torch.channels_last))
-        said = learner["clip"].encode_text(batch.tokens)
-    images, texts = (F.normalize(features.float(), dim=-1) for features in (seen, said))
-    scale = learner["clip"].logit_scale.exp()
-    loss = contrastive_loss(images, texts, scale, batch.fits, batch.meant, smoothing)
-    if "classifier" in learner:
-        loss = loss + F.cross_entropy(learner["classifier"](seen.float()), batch.kinds, label_smoothing=smoothing)
-    return loss
+class _Objective:
+    """The contrastive loss of a step, and that of the classifier, if there is one, for any pixels and tokens of it."""
+
+    def __init__(self, learner: nn.ModuleDict, step: Step, smoothing: float) -> None:
+        self.learner, self.step, self.smoothing = learner, step, smoothing
+
+    def __call__(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        """The loss; pixels lie in [0, 1]."""
+        clip, preprocess = self.learner["clip"], CLIP_CONFIG["preprocess_cfg"]
+        if pixels.shape[-1] != SIZE:
+            pixels = F.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", antialias=False)
+        mean, std = (torch.tensor(preprocess[key], device=pixels.device).view(3, 1, 1) for key in ("mean", "std"))
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
+            seen = clip.encode_image(((pixels - mean) / std).contiguous(memory_format=torch.channels_last))
+            said = clip.encode_text(tokens)
+        images, texts = (F.normalize(features.float(), dim=-1) for features in (seen, said))
+        scale = clip.logit_scale.exp()
+        loss = contrastive_loss(images, texts, scale, self.step.fits, self.step.meant, self.smoothing)
+        if "classifier" in self.learner:
+            told = self.learner["classifier"](seen.float())
+            loss = loss + F.cross_entropy(told, self.step.kinds, label_smoothing=self.smoothing)
+        return loss
