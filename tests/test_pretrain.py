@@ -1,4 +1,4 @@
-"""Training the embedded models from nothing: the losses, the stream, and folders that open_clip loads."""
+"""Training CLIPs from nothing: the losses, the stream, folders that open_clip loads, and an adversary on the way."""
 
 import math
 
@@ -9,13 +9,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import adversary
+import photographs
 import pretraining
-from drawings import Drawings, fits
+from adversary import Adversary
+from drawings import STEPS, Drawings, fits
 from pretraining import contrastive_loss, learning_rate, train_clip
 from robustclip import models
 from robustclip.data import tinyworld
 from robustclip.data.grammar import Speaker, vocabulary
 from robustclip.data.tinyworld import ANY, is_held_out
+from robustclip.study import scale
+from robustclip.study.grown import grown
 from robustclip.training import checkpoint
 
 models._torchvision.prepare()
@@ -265,3 +270,118 @@ def test_a_classifier_beside_the_texts_changes_what_is_learned_and_is_not_saved(
     told, plain = (load_file(tmp_path / kind.__name__ / models.WEIGHTS) for kind in (Kinds, Drawings))
     assert told.keys() == plain.keys()
     assert not torch.equal(told["visual.conv1.weight"], plain["visual.conv1.weight"])
+
+
+# --- an adversary -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learning(tmp_path, small):
+    """A CLIP from nothing, a step of its training, and the loss on it."""
+    stream = Drawings(tmp_path)
+    pretraining._write_config(tmp_path, stream.text)
+    torch.manual_seed(0)
+    learner = torch.nn.ModuleDict({"clip": pretraining.build_clip(tmp_path)})
+    step = stream[0]
+    return learner, step, pretraining._Objective(learner, step, 0.0)
+
+
+def test_an_adversary_raises_the_loss_within_its_budget(learning):
+    learner, step, loss = learning
+    clean, eps = step.images.float() / 255, 6 / 255
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    shown, tokens = Adversary(eps)(learner, loss, clean, step.tokens, step=99, steps=100)
+    assert torch.equal(tokens, step.tokens)
+    assert (shown - clean).abs().max() <= eps + 1e-6
+    assert 0 <= shown.min() <= shown.max() <= 1
+    assert learner.training, "learning goes on in training mode"
+    assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items()), "and statistics stay"
+    assert all(weight.grad is None for weight in learner.parameters())
+    learner.eval()
+    with torch.no_grad():
+        noisy = [(clean + eps * (2 * torch.rand_like(clean) - 1)).clamp(0, 1) for _ in range(5)]
+        assert loss(shown, tokens) > max(loss(points, tokens) for points in (clean, *noisy)) + 0.002
+
+
+def test_the_budget_of_an_adversary_grows(learning):
+    learner, step, loss = learning
+    clean = step.images.float() / 255
+    reach = [
+        (Adversary(0.1, steps=1)(learner, loss, clean, step.tokens, at, 100)[0] - clean).abs().max().item()
+        for at in (0, 14, 29, 99)
+    ]
+    assert reach == pytest.approx([0.1 / 30, 0.05, 0.1, 0.1], rel=1e-3)
+
+
+def test_a_word_of_each_caption_is_swapped_for_the_best_proposal(learning):
+    """Against every allowed swap of the first captions, one by one, on the slope of the loss."""
+    learner, step, loss = learning
+    learner.eval()
+    pixels, language = step.images.float() / 255, "tinyworld-mlm"
+    embedding = learner["clip"].token_embedding
+    found = adversary.swapped(embedding, lambda said: loss(pixels, said), step.tokens, language)
+    changed = found != step.tokens
+    assert (changed.sum(1) <= 1).all()
+    assert changed.any()
+
+    offset = torch.zeros(*step.tokens.shape, embedding.embedding_dim, requires_grad=True)
+    hook = embedding.register_forward_hook(lambda module, inputs, output: output + offset)
+    (slope,) = torch.autograd.grad(loss(pixels, step.tokens), offset)
+    hook.remove()
+    proposals, vocabulary = adversary.proposed(step.tokens, language), vocabulary_of(language)
+    for row in range(4):
+        best, expected = 0.0, step.tokens[row].tolist()
+        for place, token in enumerate(step.tokens[row].tolist()):
+            after = vocabulary[step.tokens[row, place + 1]] if place + 1 < pretraining.CONTEXT else ""
+            if not vocabulary[token].isalpha() or token < adversary.SPECIAL or after.startswith("##"):
+                continue
+            for other in proposals[row, place].tolist():
+                gain = (slope[row, place] @ (embedding.weight[other] - embedding.weight[token])).item()
+                if vocabulary[other].isalpha() and other >= adversary.SPECIAL and gain > best + 1e-9:
+                    best, expected = gain, step.tokens[row].tolist()
+                    expected[place] = other
+        assert found[row].tolist() == expected
+
+
+def vocabulary_of(language):
+    return adversary._vocabulary(language)
+
+
+def test_an_interrupted_run_against_an_adversary_ends_with_the_same_weights(small, tmp_path):
+    attacked = {"adversary": Adversary(6 / 255, language="tinyworld-mlm"), "report_every": 1}
+    trained(tmp_path / "whole", 3, Kinds, **attacked)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", 3, killed_at(2), **attacked)
+    with pytest.raises(ValueError, match=r"adversary"):
+        trained(tmp_path / "cut", 3, Kinds)
+    trained(tmp_path / "cut", 3, Kinds, **attacked)
+    trained(tmp_path / "plain", 3, Kinds)
+    digests = [models.load(tmp_path / name, device="cpu").digest for name in ("whole", "cut", "plain")]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(("name", "clean"), [("full", STEPS), ("photo", photographs.STEPS)])
+def test_from_the_ground_up_costs_what_pre_training_and_fine_tuning_cost_together(name, clean):
+    """In image passes, forward and backward together; steps of fine-tuning are smaller."""
+    there = scale(name)
+    budget = there.training["budget"]
+    tuning = budget["updates"] * budget["batch_size"] * (budget["attack_steps"] + 1) / 256
+    for title, model in grown(there).items():
+        own = there.training["ground-up"][title]
+        attacker = Adversary(there.reference_eps, own["attack_steps"], own["language"])
+        assert own["attack_steps"] == budget["attack_steps"]
+        assert own["steps"] * attacker.passes() == pytest.approx(clean + tuning, abs=attacker.passes())
+        assert model.identity["eps"] == there.reference_eps
+
+
+def test_a_grown_model_is_known_without_its_weights(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROBUSTCLIP_GROUND_UP", str(tmp_path))
+    both = grown(scale("full"))
+    assert len({model.digest for model in both.values()}) == len(both) == 2
+    assert grown(scale("quick")) == {}
+    with pytest.raises(FileNotFoundError, match=r"tools/pretrain\.py tinyworld-robust`"):
+        models.load(both["images"])
+    (tmp_path / "tinyworld-robust").mkdir()
+    (tmp_path / "tinyworld-robust" / "training.json").write_text('{"steps": 3, "images": 768, "seconds": 5, "x": 1}')
+    monkeypatch.setenv("ROBUSTCLIP_RUNS", str(tmp_path / "runs"))
+    assert both["images"].facts() == {"steps": 3, "images": 768, "seconds": 5}

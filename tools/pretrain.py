@@ -32,7 +32,6 @@ ROOT = Path(__file__).parents[1]
 ASSETS, RUNS = ROOT / "src" / "robustclip" / "assets", ROOT / "runs" / "pretraining"
 OUTSIDE = ROOT / "runs" / "ground-up"  # where models go that do not travel with the package
 SOURCES = ("cifar10", "cifar100", "tinyimagenet")
-STEP = 256  # pictures of a step of pre-training
 
 CLIP_CARD = """# {name}
 
@@ -101,28 +100,26 @@ TRIALS = Trials({"updates": 400, "rate": 1e-3}, {"updates": 800, "rate": 2e-3}, 
 
 @dataclass(frozen=True)
 class Grown:
-    """A CLIP that is robust from the ground up: it spends what pre-training and fine-tuning of its world take together.
+    """A CLIP that is robust from the ground up, as its scale's table [training.ground-up] wants it.
 
     It does not travel with the package; the book has its results.
     """
 
     scale: str
+    title: str  # in that table
     pictures: Callable[[Path], pretraining.Stream]
-    clean: int  # steps of the embedded CLIP
-    language: str = ""
 
     @property
     def adversary(self) -> Adversary:
-        """The attacker of fine-tuning's common budget."""
+        """Who attacks what it learns from."""
         there = scale(self.scale)
-        return Adversary(there.reference_eps, there.training["budget"]["attack_steps"], self.language)
+        own = there.training["ground-up"][self.title]
+        return Adversary(there.reference_eps, own["attack_steps"], own["language"])
 
     @property
     def steps(self) -> int:
-        """As many as the passes of the embedded CLIP and of its fine-tuning allow."""
-        budget = scale(self.scale).training["budget"]
-        tuning = budget["updates"] * budget["batch_size"] * (budget["attack_steps"] + 1)
-        return round((self.clean + tuning / STEP) / self.adversary.passes())
+        """Of training."""
+        return scale(self.scale).training["ground-up"][self.title]["steps"]
 
     def train(self, folder: Path, steps: int) -> dict:
         """Train it, or go on."""
@@ -214,9 +211,9 @@ MODELS = {
     ),
 }
 GROWN = {
-    "tinyworld-robust": Grown("full", Drawings, drawings.STEPS),
-    "tinyworld-robust-both": Grown("full", Drawings, drawings.STEPS, "tinyworld-mlm"),
-    "photo-robust": Grown("photo", Photographs, photographs.STEPS),
+    "tinyworld-robust": Grown("full", "images", Drawings),
+    "tinyworld-robust-both": Grown("full", "images and captions", Drawings),
+    "photo-robust": Grown("photo", "images", Photographs),
 }
 
 

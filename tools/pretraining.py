@@ -202,9 +202,7 @@ def train_clip(
             yield learn(*shown)
 
     weights, path = [*learner.parameters(), *learner.buffers()], folder / checkpoint.CHECKPOINT
-    facts = {"steps": steps, "peak": peak, "stream": stream.name} | (
-        {"adversary": repr(adversary)} if adversary else {}
-    )
+    facts = {"steps": steps, "peak": peak, "stream": stream.name, "adversary": repr(adversary)}
     seconds = descend(weights, optimizer, losses, path, facts, report_every, clip_norm=1.0)
     _save(learner["clip"], folder)
     path.unlink(missing_ok=True)
