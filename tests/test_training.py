@@ -670,6 +670,8 @@ TOGETHER = {
     "TeCoA": (TeCoA.of(**(SHARED | {"updates": 1}), attack_steps=2), 0.05),
     "leak": (MMCoA.of(**(SHARED | {"updates": 1}), attack_steps=2, leak=True), 0.05),
     "released": (Standard.of(**SHARED, contrastive=True, sampler="released", shots=3), 1e-4),
+    **{kind.__name__: (kind.of(**SHARED, attack_steps=0), 1e-4) for kind in (PMGAFT, TGAZSR, LAAT, TIMA)},
+    "FARE": (FARE.of(**(SHARED | {"rate": 1e-6}), attack_steps=0), 1e-4),
 }
 WORKER = """
 import os, sys, warnings
