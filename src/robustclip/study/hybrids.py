@@ -95,7 +95,7 @@ def within_price(clean: Right, price: float) -> list[Candidate]:
 
 
 def best_of(clean: Right, aware: Right, candidates: Iterable[Candidate]) -> Candidate | None:
-    """The candidate that keeps most of the attacker who knows; of equals the better on clean images, or the first.
+    """The candidate that keeps most under the attacker who knows; of equals the better on clean images, or the first.
 
     None of nobody, or as long as one of them is not measured.
     """
