@@ -90,13 +90,6 @@ def test_shipped_results_travel_in_the_wheel(root, wheel):
     assert wheel.stat().st_size < 30_000_000
 
 
-def test_installed_package_finds_its_shipped_results_from_any_folder(installed, tmp_path):
-    command = "from robustclip.study.shipped import shipped_folder; print(shipped_folder())"
-    found = Path(call(installed / "python", "-c", command, cwd=tmp_path).strip())
-    assert found.is_relative_to(installed.parent)
-    assert (found / "full").is_dir()
-
-
 def test_a_notebook_finds_shipped_results_with_nothing_but_the_wheel(root, installed, tmp_path):
     empty = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     page = root / "book" / "mmcoa" / "summary.ipynb"
@@ -107,12 +100,13 @@ def test_a_notebook_finds_shipped_results_with_nothing_but_the_wheel(root, insta
     assert max(output.get("data", {}).get("text/html", "").count("<tr") for output in outputs) > 10
 
 
-def test_wheel_runs_one_cell(installed, tmp_path):
+def test_installed_package_finds_its_shipped_results_from_any_folder_and_measures_others(installed, tmp_path):
     where = call(installed / "python", "-c", "import robustclip; print(robustclip.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent), "the editable package shadows the wheel"
-    cell = ["--scale", "quick", "--role", "cifar10", "--attack", "clean", "--n", "20", "--json"]
-    answer = json.loads(call(installed / "robustclip", "run", *cell, cwd=tmp_path))
-    assert answer, "no result"
+    cells = ["--scale", "quick", "--role", "cifar10", "--attack", "clean", "--attack", "noise", "--eps", "0.0123"]
+    env = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ROBUSTCLIP_")}
+    answer = json.loads(call(installed / "robustclip", "run", *cells, "--json", cwd=tmp_path, env=env))
+    assert [row["origin"] for row in answer] == ["shipped", "measured"]
 
 
 def test_installed_packages_agree(root):

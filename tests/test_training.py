@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import weakref
@@ -500,14 +501,23 @@ CASES = {
     "LAAT": LAAT.of(**LONGER),
     "TIMA": TIMA.of(**LONGER),
 }
-KILLED = """
-import os, sys, pathlib, torch
+ELSEWHERE = """
+import os, sys, pathlib, warnings
+warnings.simplefilter("error")
+import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import test_training as tests
 from robustclip.training import checkpoint
 from robustclip.training.optimisation import Optimisation
+from robustclip.training.parallel import joined, world
 
+clip, pictures = tests.models.load(device="cpu"), tests.Pictures.of("cifar10", n=300)
+folder = pathlib.Path(sys.argv[2])
+exec(tests.KILLED)
+exec(tests.TOGETHER_THERE)
+"""
+KILLED = """
 at_update, after_bytes, save = Optimisation.rate_at, 5000, checkpoint.save_file
 
 def rate_at(optimisation, update, updates):
@@ -521,7 +531,6 @@ def torn(tensors, path, about):
         os.truncate(path, after_bytes)
         os.kill(os.getpid(), 9)  # in the middle of writing the second checkpoint
 
-clip, pictures = tests.models.load(device="cpu"), tests.Pictures.of("cifar10", n=300)
 for name, recipe in tests.CASES.items():
     child = os.fork()
     if not child:
@@ -529,17 +538,25 @@ for name, recipe in tests.CASES.items():
             checkpoint.save_file = torn
         else:
             Optimisation.rate_at = rate_at
-        tests.train(recipe, clip, pictures, pathlib.Path(sys.argv[2]) / name, every=1 if name == "VP" else 2)
+        tests.train(recipe, clip, pictures, folder / "killed" / name, every=1 if name == "VP" else 2)
     assert os.waitpid(child, 0)[1] == 9, name
 """
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, root):
-    """Folders of runs that were killed without a warning."""
-    folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(root / "tests"), str(folder)], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+def elsewhere(tmp_path_factory, root):
+    """Folders of runs that were killed without a warning (`killed`), and of what two processes made (`together`).
+
+    One process imports everything and forks itself for all of them.
+    """
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "together").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, str(root / "tests"), str(folder), port],
+                          capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -550,7 +567,8 @@ def done_in(folder):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_killed_run_goes_on_bit_for_bit(clip, pictures, killed, name):
+def test_a_killed_run_goes_on_bit_for_bit(clip, pictures, elsewhere, name):
+    killed = elsewhere / "killed"
     assert done_in(killed / name) == (1 if name == "VP" else 2)
     random = torch.get_rng_state()
     straight = train(CASES[name], clip, pictures)
@@ -673,16 +691,7 @@ TOGETHER = {
     **{kind.__name__: (kind.of(**SHARED, attack_steps=0), 1e-4) for kind in (PMGAFT, TGAZSR, LAAT, TIMA)},
     "FARE": (FARE.of(**(SHARED | {"rate": 1e-6}), attack_steps=0), 1e-4),
 }
-WORKER = """
-import os, sys, warnings
-warnings.simplefilter("error")
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-import test_training as tests
-from robustclip.training.parallel import joined, world
-
-clip, pictures = tests.models.load(device="cpu"), tests.Pictures.of("cifar10", n=300)
+TOGETHER_THERE = """
 child = os.fork()
 os.environ |= {"WORLD_SIZE": "2", "RANK": str(int(not child)), "LOCAL_RANK": str(int(not child)),
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
@@ -691,33 +700,18 @@ with joined():
     for name, (recipe, _) in tests.TOGETHER.items():
         run = tests.train(recipe, clip, pictures)
         found = {"weights": run.clip.network.state_dict(), "losses": run.losses}
-        torch.save(found, f"{sys.argv[2]}/{name}-{world()[0]}")
+        torch.save(found, folder / "together" / f"{name}-{world()[0]}")
 assert world() == (0, 1)
 if child:
     assert os.waitpid(child, 0)[1] == 0
 """
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory, root):
-    """What two processes made of the recipes."""
-    import socket
-
-    folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    done = subprocess.run([sys.executable, "-c", WORKER, str(root / "tests"), str(folder), port], capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.parametrize("name", TOGETHER)
-def test_two_processes_train_the_same_model(clip, pictures, together, name):
+def test_two_processes_train_the_same_model(clip, pictures, elsewhere, name):
     recipe, tolerance = TOGETHER[name]
     run = train(recipe, clip, pictures)
-    first, second = (torch.load(together / f"{name}-{rank}") for rank in (0, 1))
+    first, second = (torch.load(elsewhere / "together" / f"{name}-{rank}") for rank in (0, 1))
     assert first["losses"] == pytest.approx(run.losses, rel=max(1e-5, tolerance / 10))
     weights, start = run.clip.network.state_dict(), Run(recipe, clip, pictures).clip.network.state_dict()
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in weights)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -175,7 +176,7 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
     rows = [_row(change, [flips[record["key"]] for record in records]) for change, records in evidence.items()]
     rows += [_row(change, retraced) for change, retraced in _retraced(scale, changes).items()]
     found = pd.DataFrame(rows, columns=["component", "old", "new", "cells", "flips", "confirmed"])
-    maps, date = files.confirmed(scale), datetime.now(UTC).isoformat(timespec="seconds")
+    maps, date = deepcopy(files.confirmed(scale)), datetime.now(UTC).isoformat(timespec="seconds")
     for row in found[found["confirmed"]].itertuples():
         maps.setdefault(row.component, {})[row.old] = {"new": row.new, "checked": row.cells, "date": date}
     files.write_json(Path(folder or files.destination()) / scale, files.CONFIRMED, maps)

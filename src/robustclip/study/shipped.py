@@ -87,13 +87,19 @@ def shipped_artifacts(scale: str, filters: list | None = None) -> dict[str, dict
 def known(scale: str) -> dict[str, dict]:
     """What is known of data ("role/split" -> facts) and models (name -> digest) that may not be at hand."""
     path = _file(scale, KNOWN)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {"data": {}, "models": {}}
+    return _json_of(path, path.stat().st_mtime_ns) if path else {"data": {}, "models": {}}
 
 
 def confirmed(scale: str) -> dict[str, dict[str, dict]]:
     """Component -> old digest -> the new one that gives equal answers, and how that was found out."""
     path = _file(scale, CONFIRMED)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    return _json_of(path, path.stat().st_mtime_ns) if path else {}
+
+
+@lru_cache(maxsize=8)
+def _json_of(path: Path, changed: int) -> dict:
+    """What a JSON file holds, not to be changed by who reads it; `changed` makes a new file a new one."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=4)

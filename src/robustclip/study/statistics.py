@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -119,16 +119,24 @@ def macro(
             f"give outcomes of at least one role, and of the same roles, not {len(first)} and {len(others)}"
         )
     roles = list(map(_differences, first, others))
-    random, count = np.random.default_rng(seed), len(roles[0])
+    count = len(roles[0])
     if any(len(role) != count for role in roles):
         raise ValueError(f"seeds must be the same for all roles, got {[len(role) for role in roles]} of them")
+    return _bootstrap(tuple((role.shape, role.tobytes()) for role in roles), second is not None, draws, seed)
+
+
+@lru_cache(maxsize=8192)  # pages ask for the same mean again and again
+def _bootstrap(roles: tuple[tuple[tuple[int, int], bytes], ...], paired: bool, draws: int, seed: int) -> Estimate:
+    """What `macro` estimates, from the shape and the bytes of each role's outcomes."""
+    outcomes = [np.frombuffer(told, np.int8).reshape(shape) for shape, told in roles]
+    random, count = np.random.default_rng(seed), len(outcomes[0])
     drawn = max(count - 1, 1)
     shares = random.multinomial(drawn, np.full(count, 1 / count), size=draws) / drawn
-    pseudo = {1: 2, 0: 2} if second is None else {1: 0.5, -1: 0.5, 0: 1}
-    means = 100 * np.mean([_redrawn(role, pseudo, shares, random) for role in roles], axis=0)
-    value = 100 * float(np.mean([role.mean() for role in roles]))
+    pseudo = {1: 0.5, -1: 0.5, 0: 1} if paired else {1: 2, 0: 2}
+    means = 100 * np.mean([_redrawn(role, pseudo, shares, random) for role in outcomes], axis=0)
+    value = 100 * float(np.mean([role.mean() for role in outcomes]))
     low, high = np.quantile(means - means.mean() + value, [0.025, 0.975])
-    return Estimate(value, max(float(low), 0.0 if second is None else -100.0), min(float(high), 100.0))
+    return Estimate(value, max(float(low), -100.0 if paired else 0.0), min(float(high), 100.0))
 
 
 def _errors(inside: float, toward: float, away: float) -> float:
