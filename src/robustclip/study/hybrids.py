@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     """What takes part, and on how many images of each role of the validation parts."""
 
     recipes: tuple[str, ...] = ("TeCoA", "PMG-AFT", "FARE")
-    halves: tuple[str, ...] = ("TeCoA", "PMG-AFT")
+    parts: tuple[tuple[str, str], ...] = (("TeCoA", "quarter"), ("TeCoA", "half"), ("PMG-AFT", "half"))  # of the way
     defenses: tuple[str, ...] = ("none", "Mirror", "Views-5", "TTE", "COLA")
     roles: tuple[str, ...] = ("cifar10", "caltech101")
     tested: tuple[str, ...] = testtime.ROLES  # roles of test images
@@ -34,9 +34,10 @@ class Plan(NamedTuple):
 
 
 QUICK = Plan(
-    ("TeCoA", "FARE"), ("TeCoA",), ("none", "Mirror", "Views-5"), ("cifar10",), ("cifar10",), 10, 6,
+    ("TeCoA", "FARE"), (("TeCoA", "half"),), ("none", "Mirror", "Views-5"), ("cifar10",), ("cifar10",), 10, 6,
     ("clean", "PGD-10:last"),
 )  # fmt: skip
+WEIGHTS = {"quarter": 0.25, "half": 0.5}
 
 
 def plan(scale: Scale) -> Plan:
@@ -45,11 +46,11 @@ def plan(scale: Scale) -> Plan:
 
 
 def hosts(scale: Scale, seed: int = 0, device: str = "auto") -> dict[str, Any]:
-    """Models by name: CLIP, fine-tuned ones, some half-way from CLIP to these, and the soup of all fine-tuned ones."""
+    """Models by name: CLIP, fine-tuned ones, some on the way from CLIP to these, and the soup of all that are."""
     own = plan(scale)
     recipes = tuned(scale, own.recipes, seed=seed, device=device)
-    halves = {f"{name} half": recipes[name].between(0.5) for name in own.halves}
-    return {"CLIP": scale.model("clip"), **recipes, **halves, "Soup": Soup("Soup", tuple(recipes.values()))}
+    parts = {f"{name} {part}": recipes[name].between(WEIGHTS[part]) for name, part in own.parts}
+    return {"CLIP": scale.model("clip"), **recipes, **parts, "Soup": Soup("Soup", tuple(recipes.values()))}
 
 
 class Held(Bench):
