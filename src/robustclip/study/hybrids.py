@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ class Plan(NamedTuple):
     """What takes part, and on how many images of each role of the validation parts."""
 
     recipes: tuple[str, ...] = ("TeCoA", "PMG-AFT", "FARE")
-    parts: tuple[tuple[str, str], ...] = (("TeCoA", "quarter"), ("TeCoA", "half"), ("PMG-AFT", "half"))  # of the way
+    parts: tuple[tuple[str, str], ...] = tuple(product(("TeCoA", "PMG-AFT", "FARE"), ("quarter", "half")))  # of the way
     defenses: tuple[str, ...] = ("none", "Mirror", "Views-5", "TTE", "COLA")
     roles: tuple[str, ...] = ("cifar10", "caltech101")
     tested: tuple[str, ...] = testtime.ROLES  # roles of test images
