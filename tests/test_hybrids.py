@@ -32,7 +32,8 @@ def test_the_hosts_are_clip_the_recipes_half_way_models_and_one_soup():
     for name in ("quick", "full"):
         there, plan = scale(name), hybrids.plan(scale(name))
         models = hybrids.hosts(there, device="cpu")
-        assert list(models) == ["CLIP", *plan.recipes, *(" ".join(part) for part in plan.parts), "Soup"]
+        first = [hybrids.GROUND_UP] * (name == "full")
+        assert list(models) == ["CLIP", *plan.recipes, *(" ".join(part) for part in plan.parts), "Soup", *first]
         assert models["CLIP"] == there.model("clip")
         assert models["TeCoA half"] == models["TeCoA"].between(0.5)
         assert models["Soup"] == Soup("Soup", tuple(models[one] for one in plan.recipes))

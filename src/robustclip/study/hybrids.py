@@ -13,12 +13,14 @@ from robustclip.study.bench import Bench
 from robustclip.study.cells import Cell
 from robustclip.study.exchange import artifact
 from robustclip.study.finetuning import tuned
+from robustclip.study.grown import grown
 from robustclip.study.scales import Scale
 from robustclip.study.tasks import Classify
 from robustclip.study.trained import Soup
 
 Candidate = tuple[str, str]  # host, defense
 Right = dict[tuple[str, str, str], np.ndarray]  # right or wrong by host, defense, role
+GROUND_UP = "ground-up"  # the CLIP that learned from attacked images from the first step on, where a scale has one
 
 
 class Plan(NamedTuple):
@@ -32,6 +34,11 @@ class Plan(NamedTuple):
     clean: int = 200
     aware: int = 32
     blind: tuple[str, ...] = ("clean", "PGD-10:last", "AutoAttack")  # conditions of test images, besides "aware"
+
+    @property
+    def singles(self) -> tuple[str, ...]:
+        """Hosts that are a single method by themselves."""
+        return ("CLIP", *self.recipes, GROUND_UP)
 
 
 QUICK = Plan(
@@ -47,11 +54,17 @@ def plan(scale: Scale) -> Plan:
 
 
 def hosts(scale: Scale, seed: int = 0, device: str = "auto") -> dict[str, Any]:
-    """Models by name: CLIP, fine-tuned ones, some on the way from CLIP to these, and the soup of all that are."""
-    own = plan(scale)
+    """Models by name: CLIP, fine-tuned ones, some on the way from CLIP to these, their soup, one from the ground up."""
+    own, first = plan(scale), [(GROUND_UP, model) for title, model in grown(scale).items() if title == "images"]
     recipes = tuned(scale, own.recipes, seed=seed, device=device)
     parts = {f"{name} {part}": recipes[name].between(WEIGHTS[part]) for name, part in own.parts}
-    return {"CLIP": scale.model("clip"), **recipes, **parts, "Soup": Soup("Soup", tuple(recipes.values()))}
+    return {
+        "CLIP": scale.model("clip"),
+        **recipes,
+        **parts,
+        "Soup": Soup("Soup", tuple(recipes.values())),
+        **dict(first),
+    }
 
 
 class Held(Bench):
