@@ -596,6 +596,16 @@ def test_arrays_are_computed_once_and_shipped(tmp_path, shipping):
     assert len(calls) == 2
 
 
+def test_arrays_of_an_artifact_may_be_parts_of_one(tmp_path):
+    both = np.arange(6.0).reshape(2, 3)
+    made = {"first": both[0], "again": both[0], "last": both.T[-1]}
+    for _ in range(2):  # computed, then stored
+        found = artifact(scale("quick"), "parts", [1], lambda: made, store=tmp_path)
+        assert {name: array.tolist() for name, array in found.items()} == {
+            name: array.tolist() for name, array in made.items()
+        }
+
+
 def test_a_record_holds_everything_needed_to_trust_it(tmp_path):
     (row,) = evaluate(cells(attacks={"Step": Step()}), tmp_path).to_dict("records")
     record = json.loads((tmp_path / "quick" / f"{row['key']}.json").read_text())

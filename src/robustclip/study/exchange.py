@@ -47,7 +47,7 @@ def artifact(
     if path.is_file():
         return {name: tensor.numpy() for name, tensor in load_file(path).items()}
     if (found := files.shipped_arrays(scale.name, key)) is None and not only_known:
-        found = {name: np.ascontiguousarray(array) for name, array in compute().items()}
+        found = {name: np.ascontiguousarray(array).copy() for name, array in compute().items()}  # none shares memory
         write_whole(path, save({name: torch.from_numpy(array) for name, array in found.items()}))
     return found
 
