@@ -36,5 +36,5 @@ def duel(name: str, run: partial, recipe: Recipe, tecoa: Recipe, rounds: int) ->
         run(recipe)
     timing = side_by_side(partial(run, recipe), partial(run, tecoa), rounds)
     seen = UPDATES * recipe.optimisation.batch_size
-    counted = f"{passes.forward / seen:.1f} passes forward, {passes.backward / seen:.1f} backward each"
+    counted = f"{passes.forward / seen:.1f} passes forward, {passes.backward / seen:.1f} back to the pixels each"
     return timing.row(f"{name}, against TeCoA", note=f"{seen} pictures; {counted}")

@@ -101,8 +101,13 @@ def test_a_notebook_finds_shipped_results_with_nothing_but_the_wheel(root, insta
 
 
 def test_installed_package_finds_its_shipped_results_from_any_folder_and_measures_others(installed, tmp_path):
-    where = call(installed / "python", "-c", "import robustclip; print(robustclip.__file__)", cwd=tmp_path)
-    assert Path(where.strip()).is_relative_to(installed.parent), "the editable package shadows the wheel"
+    command = (
+        "import robustclip; from robustclip.study import shipped_folder; print(robustclip.__file__, shipped_folder())"
+    )
+    where, found = map(Path, call(installed / "python", "-c", command, cwd=tmp_path).split())
+    assert where.is_relative_to(installed.parent), "the editable package shadows the wheel"
+    assert found.is_relative_to(installed.parent)
+    assert (found / "full").is_dir()
     cells = ["--scale", "quick", "--role", "cifar10", "--attack", "clean", "--attack", "noise", "--eps", "0.0123"]
     env = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ROBUSTCLIP_")}
     answer = json.loads(call(installed / "robustclip", "run", *cells, "--json", cwd=tmp_path, env=env))

@@ -7,12 +7,13 @@ Adversary(eps=2 / 255, language="photo-mlm")    # captions, too
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor, nn
 
-SPECIAL = 5  # tokens that are no words come first
+from robustclip.attacks.ascent import FixedSteps, ascend
+from robustclip.attacks.language import load_language_model
+
 PROPOSALS = 10  # of the language model, for each word
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # pixels in [0, 1] and tokens -> what the weights are to lower
@@ -47,12 +48,9 @@ class Adversary:
     def _moved(self, loss: Callable[[Tensor], Tensor], pixels: Tensor, eps: float, seed: int) -> Tensor:
         random = torch.Generator().manual_seed(seed)
         noise = torch.rand(pixels.shape, generator=random).to(pixels) * 2 - 1
-        points = (pixels + eps * noise).clamp(0, 1)
-        for _ in range(self.steps):
-            (slope,) = torch.autograd.grad(loss(points.requires_grad_()), points)
-            moved = points.detach() + 2 * eps / self.steps * slope.sign()
-            points = torch.clamp(moved, pixels - eps, pixels + eps).clamp(0, 1)
-        return points.detach()
+        stepper = FixedSteps(2 * eps / self.steps)
+        return ascend(lambda points, rows: (loss(points).expand(len(rows)), None), pixels, eps=eps, steps=self.steps,
+                      stepper=stepper, noise=noise, keep="last").images  # fmt: skip
 
     def passes(self) -> float:
         """Image passes, forward and backward together, that a picture of a step takes: those of the update, too."""
@@ -82,34 +80,24 @@ def swapped(embedding: nn.Embedding, loss: Callable[[Tensor], Tensor], tokens: T
 def proposed(tokens: Tensor, language: str) -> Tensor:
     """(m, length, PROPOSALS) what a language model would say in each place of the sentences as they are."""
     with torch.no_grad():
-        told = _reader(language)(input_ids=tokens, attention_mask=(tokens != 0).long()).logits
+        told = load_language_model(language).network(input_ids=tokens, attention_mask=(tokens != 0).long()).logits
     return told.topk(PROPOSALS).indices
 
 
 @cache
 def words(language: str) -> Tensor:
     """Whether each entry of the vocabulary is a whole word."""
-    vocabulary = _vocabulary(language)
-    return torch.tensor([place >= SPECIAL and word.isalpha() for place, word in enumerate(vocabulary)])
+    return torch.tensor([word.isalpha() for word in vocabulary(language)])
 
 
 def continued(tokens: Tensor, language: str) -> Tensor:
     """(m, length) whether the next token goes on with the same word."""
-    inner = torch.tensor([word.startswith("##") for word in _vocabulary(language)])[tokens]
+    inner = torch.tensor([word.startswith("##") for word in vocabulary(language)])[tokens]
     return torch.cat([inner[:, 1:], torch.zeros_like(inner[:, :1])], 1)
 
 
-def _folder(language: str):
-    return files("robustclip").joinpath(f"assets/{language}")
-
-
 @cache
-def _vocabulary(language: str) -> list[str]:
-    return _folder(language).joinpath("vocab.txt").read_text(encoding="utf-8").splitlines()
-
-
-@cache
-def _reader(language: str) -> nn.Module:
-    from transformers import AutoModelForMaskedLM
-
-    return AutoModelForMaskedLM.from_pretrained(str(_folder(language))).eval()
+def vocabulary(language: str) -> list[str]:
+    """The word pieces of a language model, which are those of its world's CLIP, by token."""
+    tokenizer = load_language_model(language).tokenizer
+    return tokenizer.convert_ids_to_tokens(range(len(tokenizer)))

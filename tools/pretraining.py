@@ -9,7 +9,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -192,13 +191,14 @@ def train_clip(
     optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
 
     def losses(first: int) -> Iterator[Tensor]:
-        order, numbers = range(first, steps), count(first)
-        for batch in torch.utils.data.DataLoader(stream, batch_size=None, sampler=order, num_workers=workers):
+        order = range(first, steps)
+        batches = torch.utils.data.DataLoader(stream, batch_size=None, sampler=order, num_workers=workers)
+        for number, batch in enumerate(batches, first):
             learner["clip"].logit_scale.data.clamp_(max=math.log(100))
             learn = _Objective(learner, Step(*(part.to(device) for part in batch)), stream.smoothing)
             shown = learn.step.images.float() / 255, learn.step.tokens
             if adversary:
-                shown = adversary(learner, learn, *shown, next(numbers), steps)
+                shown = adversary(learner, learn, *shown, number, steps)
             yield learn(*shown)
 
     weights, path = [*learner.parameters(), *learner.buffers()], folder / checkpoint.CHECKPOINT

@@ -35,14 +35,18 @@ class Grown(os.PathLike):
         """Nothing of this package: it is made outside."""
         return {}
 
+    @property
+    def folder(self) -> Path:
+        """Where its weights lie, or would."""
+        return Path(os.environ.get(PLACE) or "runs/ground-up").expanduser() / self.name
+
     def __fspath__(self) -> str:
-        folder = Path(os.environ.get(PLACE) or "runs/ground-up").expanduser() / self.name
-        if not folder.is_dir():
+        if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"the weights of {self.name} are not in {str(folder)!r}; train them with `python tools/pretrain.py "
-                f"{self.name}`, or let {PLACE} name the folder that they lie in"
+                f"the weights of {self.name} are not in {str(self.folder)!r}; train them with `python "
+                f"tools/pretrain.py {self.name}`, or let {PLACE} name the folder that they lie in"
             )
-        return str(folder)
+        return str(self.folder)
 
     def facts(self) -> dict[str, int] | None:
         """Steps, pictures and seconds of its training, None where they are not known."""
@@ -51,7 +55,7 @@ class Grown(os.PathLike):
             told = json.loads(Path(self, "training.json").read_text(encoding="utf-8"))
             return {name: np.array(told[name]) for name in FACTS}
 
-        known = not Path(os.environ.get(PLACE) or "runs/ground-up", self.name).expanduser().is_dir()
+        known = not self.folder.is_dir()
         found = artifact(self.scale, f"ground-up/{self.name}", self.identity, read, only_known=known)
         return found and {name: value.item() for name, value in found.items()}
 
