@@ -100,6 +100,11 @@ class Scale:
         role_names(group)  # which knows all groups
         return tuple(name for name in self.roles if group in (None, self.group_of(name)))
 
+    @property
+    def main_source(self) -> str:
+        """The source of most classes, which models for sets that they never saw learn from: ImageNet in the papers."""
+        return max(self.role_names("source"), key=lambda name: len(role(name).classes))
+
     def group_of(self, name: str) -> str:
         """The group of a role in this world."""
         entry = role(name)
