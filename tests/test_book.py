@@ -221,6 +221,23 @@ def test_a_notebook_runs_once_until_something_changes(small_book):
     assert not any(again.is_done() for again in execute.plan(out, {"n": 6}))
 
 
+def test_lessons_keep_their_scale_unless_it_is_given_to_them(small_book):
+    execute, root, write = small_book
+    write('scale: str = "quick"  # of the pictures')
+    lessons = root / "book" / "foundations"
+    lessons.mkdir()
+    for name in ("attacks", "verdicts"):
+        (lessons / f"{name}.ipynb").write_text((root / "book" / "one.ipynb").read_text())
+    given = {job.name: job.parameters for job in execute.plan(root / "out", {"scale": "photo"})}
+    photo = {"scale": "photo"}
+    assert given == {
+        "book/foundations/attacks.ipynb": {},
+        "book/foundations/verdicts.ipynb": photo,
+        "book/one.ipynb": photo,
+    }
+    assert all(job.parameters == photo for job in execute.plan(root / "out", {"book/*:scale": "photo"}))
+
+
 def test_parameters_for_some_notebooks_and_for_none(small_book):
     execute, root, write = small_book
     write("n: int = 3  # a number")

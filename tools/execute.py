@@ -41,6 +41,9 @@ PACKAGES = (
     *("numpy", "pandas", "scikit-learn", "seaborn", "papermill", "jupyter-book"),
 )
 START_TIMEOUT, CELL_TIMEOUT = 300, 1800  # seconds; a kernel or a cell that takes longer hangs
+# Pages that teach on pictures before the reader's eyes keep the small drawn world, whatever scale the book has; these
+# pages of the part are about what was measured.
+LESSONS, MEASURED = "book/foundations/*", ("floors-and-ceilings", "photo-world", "verdicts")
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # kernels warn of local TCP, and of being told to end
 
 
@@ -110,16 +113,17 @@ def environment() -> dict[str, str]:
 def plan(out: Path, parameters: dict[str, object]) -> list[Job]:
     """One job per notebook, with those of the parameters that the notebook declares.
 
-    A key of `parameters` is a name, or a pattern of notebooks and a name, as in "book/foundations/*:n".
+    A key of `parameters` is a name, or a pattern of notebooks and a name, as in "book/foundations/*:n". A scale without
+    a pattern is not for lessons.
     """
     common = [code_digest(), environment()]
     jobs, used = [], set()
     for source in sources(".ipynb"):
         declared, path = papermill.inspect_notebook(str(source)), source.relative_to(ROOT)
-        own = {}
+        own, lesson = {}, fnmatch(path.as_posix(), LESSONS) and path.stem not in MEASURED
         for key, value in parameters.items():
             pattern, _, name = key.rpartition(":")
-            if name in declared and fnmatch(path.as_posix(), pattern or "*"):
+            if name in declared and fnmatch(path.as_posix(), pattern or "*") and not (key == "scale" and lesson):
                 own[name] = value
                 used.add(key)
         key = json.dumps([digest([source]), own, *common], sort_keys=True).encode()
