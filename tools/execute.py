@@ -150,6 +150,8 @@ def run(job: Job, kernel: str = "python3") -> str | None:
     for cell in notebook.cells:  # papermill's own, which repeats the parameters
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["tags"].append("hide-input")
+    said = description(notebook)
+    notebook.metadata["myst"] = {"html_meta": {"description": said, "property=og:description": said}}
     notebook.metadata["robustclip"] = {
         "fingerprint": job.fingerprint,
         "parameters": job.parameters,
@@ -161,6 +163,16 @@ def run(job: Job, kernel: str = "python3") -> str | None:
     nbformat.write(notebook, part)
     part.replace(job.target)
     return None
+
+
+def description(notebook: nbformat.NotebookNode) -> str:
+    """What search engines and previews show of a page: the first sentence of its answer, else of its prose."""
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    answers = [data["text/plain"] for data in outputs if "robustclip-answer" in data.get("text/html", "")]
+    prose = [cell.source.partition("\n\n")[2] for cell in notebook.cells if cell.cell_type == "markdown"]
+    text = re.sub(r"\{[\w:]+\}`[^`]*`|[*`]|\[|\]\([^)]*\)", "", " ".join((answers or prose or [""])[0].split()))
+    whole = re.match(r".*?[.?!](?= [A-Z]|$)", text)
+    return (whole[0] if whole else text)[:300]
 
 
 def due(jobs: list[Job], force: bool = False) -> list[Job]:
