@@ -435,7 +435,7 @@ def test_downloads_hold_the_frame():
     assert [link[1]["download"] for link in links] == ["claims.csv", "claims.json"]
     table, records = (b64decode(link[1]["href"].partition("base64,")[2]).decode() for link in links)
     pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(table)), frame)
-    assert json.loads(records) == [{"claim": 'a "b", c', "value": 1.5}, {"claim": "é", "value": None}]
+    assert json.loads(records) == [{"claim": 'a "b", c', "value": 1.5}, {"claim": "é"}]
 
 
 @pytest.mark.parametrize(

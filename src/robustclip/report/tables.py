@@ -1,5 +1,6 @@
 """Tables: semantic HTML that needs no script, and the same as Markdown where HTML is not shown."""
 
+import json
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,8 +103,13 @@ def listing(
 
 
 def downloads(frame: pd.DataFrame, name: str) -> Block:
-    """Links that save a frame as `name`.csv and `name`.json, one object per row; both files are in the page itself."""
-    files = {"csv": frame.to_csv(index=False), "json": frame.to_json(orient="records", force_ascii=False, indent=1)}
+    """Links that save a frame as `name`.csv and `name`.json; both files are in the page itself.
+
+    The JSON is a list of objects, one per row; what is missing or empty in a row is left out.
+    """
+    rows = json.loads(frame.to_json(orient="records"))
+    told = [{column: value for column, value in row.items() if value not in (None, "")} for row in rows]
+    files = {"csv": frame.to_csv(index=False), "json": json.dumps(told, ensure_ascii=False)}
     kinds = {"csv": "text/csv", "json": "application/json"}
     links = " ".join(
         f'<a download="{escape(name)}.{end}" '
