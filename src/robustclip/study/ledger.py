@@ -99,16 +99,17 @@ def _natural(name: str) -> str:
 
 
 def _claim(key: tuple[str, str], told: dict) -> dict:
-    """One claim: as its page told it, else as the file does, and what the file knows of it."""
+    """One claim: what was printed as its page told it, else as the file does, and what the file knows of it."""
     page, name = key
     facts = dict.fromkeys((*FACTS, "statement", "printed", "mark", "why"), "") | known_claims().get(name, {})
     part, _, place = page.partition("/")
     link = f"{PARTS[part]}/{place}.html#{name}" if page else ""
     said = {"id": name, "page": page, "link": link, "ours": bool(told.get("ours", False))}
-    return facts | {column: told[column] for column in ("statement", "printed", "mark") if told} | said
+    said |= {column: told[column] for column in ("printed", "mark") if told}
+    return facts | said | {"statement": facts["statement"] or told.get("statement", "")}
 
 
 def _missing(claim: dict) -> dict:
-    """The verdict on what no page has judged: due where a page is to do it, else outside this world."""
-    word = DUE if claim["page"] else "outside this world"
+    """The verdict on what no page has judged: due, or outside this world where the file says why none is to."""
+    word = "outside this world" if claim["why"] and not claim["page"] else DUE
     return {"verdict": word, "note": claim["why"], **dict.fromkeys(("agree", "contradict", "open", "outside"), 0)}
