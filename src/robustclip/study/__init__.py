@@ -21,7 +21,7 @@ from robustclip.study.ledger import ledger
 from robustclip.study.planning import plan
 from robustclip.study.provenance import digests, versions
 from robustclip.study.reported import named, reported, reported_papers
-from robustclip.study.scales import Scale, parse_eps, scale, scale_names
+from robustclip.study.scales import Scale, main_source, parse_eps, scale, scale_names
 from robustclip.study.shipped import shipped_folder
 from robustclip.study.statistics import (
     Estimate,
@@ -48,8 +48,8 @@ __all__ = [
     "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Soup", "Store", "Tuned", "Verdict",
     "artifact", "audit_cell", "averages", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
     "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "ledger", "look_up", "macro",
-    "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds", "paired_difference", "parse_eps",
-    "plan", "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce", "room", "scale",
-    "scale_names", "shipped_folder", "shipped_verdicts", "training_facts", "tuned_by_shots", "verdict_table",
-    "verdicts_by_scale", "versions", "wilson",
+    "main_source", "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds", "paired_difference",
+    "parse_eps", "plan", "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce", "room",
+    "scale", "scale_names", "shipped_folder", "shipped_verdicts", "training_facts", "tuned_by_shots",
+    "verdict_table", "verdicts_by_scale", "versions", "wilson",
 ]  # fmt: skip
