@@ -49,7 +49,7 @@ __all__ = [
     "artifact", "audit_cell", "averages", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
     "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "ledger", "look_up", "macro",
     "main_source", "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds", "paired_difference",
-    "parse_eps", "plan", "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce", "room",
-    "scale", "scale_names", "shipped_folder", "shipped_verdicts", "training_facts", "tuned_by_shots",
+    "parse_eps", "plan", "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce",
+    "room", "scale", "scale_names", "shipped_folder", "shipped_verdicts", "training_facts", "tuned_by_shots",
     "verdict_table", "verdicts_by_scale", "versions", "wilson",
 ]  # fmt: skip
