@@ -2,7 +2,10 @@
 
 import importlib
 import io
+import json
 import math
+import shutil
+import subprocess
 from base64 import b64decode
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -27,6 +30,7 @@ from robustclip.study.evaluate import COLUMNS
 from robustclip.study.reported import reported
 from robustclip.study.statistics import Estimate, wilson
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = ("br", "img", "meta")
 
 
@@ -392,6 +396,48 @@ def test_listing_shows_any_frame():
     assert not Page(table._repr_html_()).all("details")
 
 
+def test_filters_are_marked_at_their_headings_and_have_to_be_columns():
+    frame = pd.DataFrame({"paper": ["SCC"], "verdict": ["open"], "n": [3]})
+    page = Page(report.listing(frame, filters=["verdict"])._repr_html_())
+    assert [head[2] for head in page.all("th") if "data-filter" in head[1]] == ["verdict"]
+    with pytest.raises(ValueError, match="unknown filters 'modality'; choose one of: paper, verdict, n"):
+        report.listing(frame, filters=["modality"])
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no browser: what the script does is not seen")
+def test_select_boxes_and_text_show_the_rows_that_pass_all(tmp_path):
+    frame = pd.DataFrame({"paper": ["SCC", "SCC", "COLA"], "verdict": ["open", "mixed", "open"], "n": [1, 12, 3]})
+    act = """addEventListener("load", () => {
+      const [paper, verdict] = document.querySelectorAll("select");
+      const search = document.querySelector("input");
+      const options = [...paper.options].map((one) => one.text).join();
+      const said = [];
+      for (const [box, value] of [[paper, "SCC"], [verdict, "open"], [paper, ""], [search, "3"], [search, ""]]) {
+        box.value = value;
+        box.dispatchEvent(new Event("input", { bubbles: true }));
+        const left = [...document.querySelectorAll("tbody tr")].filter((row) => !row.hidden);
+        said.push(left.map((row) => row.cells[2].textContent).join());
+      }
+      document.body.textContent = `${options} | ${said.join(" ")} | `;
+    })"""
+    script = (Path(__file__).parents[1] / "book/_static/tables.js").read_text(encoding="utf-8")
+    table = report.listing(frame, filters=["paper", "verdict"])._repr_html_()
+    (page := tmp_path / "page.html").write_text(f"{table}<script>{script}</script><script>{act}</script>")
+    own = f"--user-data-dir={tmp_path / 'browser'}"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", own, "--dump-dom", page.as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    assert "all,COLA (1),SCC (2) | 1,12 1 1,3 3 1,3 | " in seen
+
+
+def test_downloads_hold_the_frame():
+    frame = pd.DataFrame({"claim": ['a "b", c', "é"], "value": [1.5, np.nan]})
+    links = Page(report.downloads(frame, "claims")._repr_html_()).all("a")
+    assert [link[1]["download"] for link in links] == ["claims.csv", "claims.json"]
+    table, records = (b64decode(link[1]["href"].partition("base64,")[2]).decode() for link in links)
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(table)), frame)
+    assert json.loads(records) == [{"claim": 'a "b", c', "value": 1.5}, {"claim": "é"}]
+
+
 @pytest.mark.parametrize(
     ("played_by", "said"),
     [
@@ -589,6 +635,7 @@ def test_every_class_on_a_page_is_known_to_the_style_sheet(found, sweep):
         report.verdicts(found),
         report.board(found),
         report.table(sweep[:2], rows="eps"),
+        report.downloads(sweep[:2], "sweep"),
     ]
     classes = {
         name

@@ -1,10 +1,11 @@
 """Tables and figures in one visual style: no number without its scale, its data and what its attacker knew."""
 
 from robustclip.report.claims import answer, board, verdicts
-from robustclip.report.figures import attack_strip, bars, curves, forest, image_grid, show, style
-from robustclip.report.tables import comparison, counterparts, listing, table
+from robustclip.report.figures import attack_strip, bars, curves, forest, image_grid, show, stacked, style
+from robustclip.report.ledger import ledger, tally
+from robustclip.report.tables import comparison, counterparts, downloads, listing, table
 
 __all__ = [
-    "answer", "attack_strip", "bars", "board", "comparison", "counterparts", "curves", "forest", "image_grid",
-    "listing", "show", "style", "table", "verdicts",
+    "answer", "attack_strip", "bars", "board", "comparison", "counterparts", "curves", "downloads", "forest",
+    "image_grid", "ledger", "listing", "show", "stacked", "style", "table", "tally", "verdicts",
 ]  # fmt: skip
