@@ -262,6 +262,17 @@ def test_lessons_keep_their_scale_unless_it_is_given_to_them(small_book):
     assert all(job.parameters == photo for job in execute.plan(root / "out", {"book/*:scale": "photo"}))
 
 
+@pytest.mark.parametrize(("shipped", "scale"), [([], "photo"), (["quick"], "quick"), (["quick", "photo"], "photo")])
+def test_a_page_takes_a_scale_that_its_verdicts_are_shipped_for(small_book, shipped, scale):
+    execute, root, write = small_book
+    write('scale: str = "quick"  # of the pictures')
+    for name in shipped:
+        (root / "results" / name / "verdicts" / "book").mkdir(parents=True)
+        (root / "results" / name / "verdicts" / "book" / "one.json").write_text("[]")
+    (job,) = execute.plan(root / "out", {"scale": "photo"})
+    assert job.parameters.get("scale", "quick") == scale
+
+
 def test_parameters_for_some_notebooks_and_for_none(small_book):
     execute, root, write = small_book
     write("n: int = 3  # a number")

@@ -41,8 +41,8 @@ PACKAGES = (
     *("numpy", "pandas", "scikit-learn", "seaborn", "papermill", "jupyter-book"),
 )
 START_TIMEOUT, CELL_TIMEOUT = 300, 1800  # seconds; a kernel or a cell that takes longer hangs
-# Pages that teach on pictures before the reader's eyes keep the small drawn world, whatever scale the book has; these
-# pages of the part are about what was measured.
+# Pages that teach on pictures before the reader's eyes keep the small drawn world, whatever scale the book has, except
+# those that are about what was measured.
 LESSONS, MEASURED = "book/foundations/*", ("floors-and-ceilings", "photo-world", "verdicts")
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # kernels warn of local TCP, and of being told to end
 
@@ -114,16 +114,20 @@ def plan(out: Path, parameters: dict[str, object]) -> list[Job]:
     """One job per notebook, with those of the parameters that the notebook declares.
 
     A key of `parameters` is a name, or a pattern of notebooks and a name, as in "book/foundations/*:n". A scale without
-    a pattern is not for lessons.
+    a pattern is not for lessons, nor for pages that are due at it.
     """
     common = [code_digest(), environment()]
     jobs, used = [], set()
     for source in sources(".ipynb"):
         declared, path = papermill.inspect_notebook(str(source)), source.relative_to(ROOT)
-        own, lesson = {}, fnmatch(path.as_posix(), LESSONS) and path.stem not in MEASURED
+        own = {}
         for key, value in parameters.items():
             pattern, _, name = key.rpartition(":")
-            if name in declared and fnmatch(path.as_posix(), pattern or "*") and not (key == "scale" and lesson):
+            if (
+                name in declared
+                and fnmatch(path.as_posix(), pattern or "*")
+                and not (key == "scale" and keeps_scale(path, value))
+            ):
                 own[name] = value
                 used.add(key)
         key = json.dumps([digest([source]), own, *common], sort_keys=True).encode()
@@ -131,6 +135,17 @@ def plan(out: Path, parameters: dict[str, object]) -> list[Job]:
     if unknown := sorted(parameters.keys() - used):
         raise ValueError(f"no notebook of the book has a parameter {', '.join(unknown)}")
     return jobs
+
+
+def keeps_scale(page: Path, scale: str) -> bool:
+    """Whether a page stays at its own scale: a lesson, or one whose verdicts are shipped for that but not for this."""
+    if fnmatch(page.as_posix(), LESSONS):
+        return page.stem not in MEASURED
+    shipped = (
+        ROOT / "results" / name / "verdicts" / page.parent.name / f"{page.stem}.json" for name in ("quick", scale)
+    )
+    here, there = (path.is_file() for path in shipped)
+    return here and not there
 
 
 def run(job: Job, kernel: str = "python3") -> str | None:
