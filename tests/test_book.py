@@ -269,8 +269,9 @@ def test_a_page_takes_a_scale_that_its_verdicts_are_shipped_for(small_book, ship
     for name in shipped:
         (root / "results" / name / "verdicts" / "book").mkdir(parents=True)
         (root / "results" / name / "verdicts" / "book" / "one.json").write_text("[]")
-    (job,) = execute.plan(root / "out", {"scale": "photo"})
-    assert job.parameters.get("scale", "quick") == scale
+    (root / "book" / "two.ipynb").write_text((root / "book" / "one.ipynb").read_text())
+    one, two = execute.plan(root / "out", {"scale": "photo"})
+    assert (one.parameters.get("scale", "quick"), two.parameters["scale"]) == (scale, "photo")
 
 
 def test_parameters_for_some_notebooks_and_for_none(small_book):
