@@ -149,22 +149,27 @@ def mean(parts: Sequence[np.ndarray] | None) -> Estimate | None:
     return wilson(int(parts[0].sum()), len(parts[0])) if len(parts) == 1 else macro(parts)
 
 
-def doubts(entry: Entry) -> list[str]:
-    """In words, why a number may be too good."""
-    found = [f"audit flags: {', '.join(entry.flags)}"] * bool(entry.flags)
+def fall(entry: Entry) -> Estimate | None:
+    """Blind PGD minus what the union of all attacks leaves, in points, on the same images."""
+    if entry.union is None or not entry.on(CONDITIONS["blind"]):
+        return None
+    return macro(entry.first(CONDITIONS["blind"]), entry.union)
+
+
+def doubts(entry: Entry) -> dict[str, str]:
+    """Why a number may be too good, in words, by what is wrong: audit, attacker, AutoAttack, blind, draws."""
+    found = {"audit": f"audit flags: {', '.join(entry.flags)}"} if entry.flags else {}
+    over = fall(entry) if entry.made else None
     if not entry.known_by_all:
-        who = "an attacker who knows the defense" if entry.made else "neither AutoAttack nor the aware attacker"
-        known = [name for name in entry.sets if name in entry.rights.get((AWARE, "aware"), {})]
-        where = f"on {', '.join(role(name).title for name in known)} only" if known else "not measured"
-        found.append(f"{who}: {where}" if entry.made else f"{who} measured")
-    elif entry.made and entry.on(CONDITIONS["blind"]):
-        over = macro(entry.first(CONDITIONS["blind"]), entry.union)
-        if over.low > MARGIN:
-            found.append(f"the blind number is {over.value:.0f} points [{over.low:.0f}, {over.high:.0f}] too high")
-    if not (entry.on(CONDITIONS["autoattack"]) or entry.on((AUTO, "aware"))) and entry.known_by_all:
-        found.append("AutoAttack not measured")
+        known = [role(name).title for name in entry.sets if name in entry.rights.get((AWARE, "aware"), {})]
+        where = f"only on {', '.join(known)}" if known else "not"
+        found["attacker"] = f"an attacker who knows it was {where} measured"
+    elif not (entry.on(CONDITIONS["autoattack"]) or entry.on((AUTO, "aware"))):
+        found["AutoAttack"] = "AutoAttack was not measured"
+    if entry.known_by_all and over and over.low > MARGIN:
+        found["blind"] = f"the blind number is {over.value:.0f} points [{over.low:.0f}, {over.high:.0f}] too high"
     if entry.made and entry.made.randomised and any(len(seen) < 2 for seen in entry.draws.values()):
-        found.append("random, and judged at one draw")
+        found["draws"] = "random, and judged at one draw"
     return found
 
 
@@ -188,7 +193,9 @@ def row(entry: Entry) -> dict[str, Any]:
     forward, backward = entry.passes or (None, None)
     told |= {"forward": forward, "backward": backward, "strongest": entry.strongest, "attacks": len(entry.attacks)}
     told |= {"flags": ", ".join(entry.flags) or ("passed" if entry.audited else "not audited")}
-    return told | {"unreliable": "; ".join(doubts(entry)), **in_print(entry)}
+    told |= dict(zip(("fall", "fall_low", "fall_high"), fall(entry) or (None,) * 3, strict=True))
+    why = doubts(entry)
+    return told | {"doubts": ", ".join(why), "unreliable": "; ".join(why.values()), **in_print(entry)}
 
 
 def ranked(lines: Iterable[dict]) -> pd.DataFrame:
@@ -219,12 +226,12 @@ def text(frame: pd.DataFrame) -> str:
         rank, worst = "-" if pd.isna(one["rank"]) else f"{one['rank']}", number(one, "worst")
         if worst != "-":
             worst += f" [{one['worst_low']:.1f}, {one['worst_high']:.1f}]"
-        told = {"rank": rank, "model": one["model"], "defense": one["defense"], "kind": one["kind"]}
+        told = {"rank": rank, "model": one["model"], "defense": one["defense"]}
         told |= {HEADS[name]: number(one, name) for name in ("clean", "blind", "autoattack", "aware")}
         told |= {HEADS["worst"]: worst, "n": one["best_known_n"] or "-"}
         told |= {HEADS[name]: number(one, name) for name in ("best_known", "text", "multimodal", "certified")}
         passes = "-" if pd.isna(one["forward"]) else f"{one['forward']:.0f}/{one['backward']:.0f}"
-        lines.append(told | {"passes": passes, "potentially unreliable": one["unreliable"] or "-"})
+        lines.append(told | {"passes": passes, "potentially unreliable": one["doubts"] or "-"})
     return pd.DataFrame(lines).to_string(index=False) if lines else "nothing is measured yet"
 
 
@@ -264,7 +271,9 @@ def entries(scale: Scale, store: Where = None, device: str = "auto") -> list[Ent
     more += [one for host, own in behind.items() if own for one in cells(scale, models[host], own)]
     frame = pd.concat([clean, look_up(_once(one for one in more if one.attack), store, device)], ignore_index=True)
     pairs = dict(list(frame.groupby(["model", "defense"], sort=False)))
-    proven = [host for host, (spec, _) in everybody.items() if proofs.certificates(scale, spec, proofs.MIDDLE)]
+    proven = [
+        host for host, (spec, _) in everybody.items() if proofs.certificates(scale, spec, proofs.MIDDLE, store=store)
+    ]
     pairs |= {(host, SMOOTH): frame[:0] for host in proven if (host, SMOOTH) not in pairs}
     return [
         read(scale, host, everybody[host], defense, made[defense], part, store)
@@ -316,7 +325,7 @@ def read(
     if made:
         kind = "defense" if kind == "CLIP" else "hybrid"
     order = {one: rights[one] for one in sorted(rights)}
-    sure = proofs.certificates(scale, spec, proofs.MIDDLE) if isinstance(made, Smoothing) else None
+    sure = proofs.certificates(scale, spec, proofs.MIDDLE, store=store) if isinstance(made, Smoothing) else None
     return Entry(
         scale,
         host,

@@ -12,6 +12,7 @@ from robustclip.defenses.smoothing import certify, votes
 from robustclip.models import load
 from robustclip.study.exchange import artifact
 from robustclip.study.scales import Scale
+from robustclip.study.store import Where
 
 ALPHA = 0.001  # the chance that the statement about one image is wrong
 MIDDLE = 4  # the deviation of the noise and the L2 radius that sentences are about, in units of the reference budget
@@ -28,7 +29,11 @@ def identity_of(model: Any) -> list | None:
 
 
 def certificates(
-    scale: Scale, model: Any, units: int, counted: Callable[[], dict[str, np.ndarray]] | None = None
+    scale: Scale,
+    model: Any,
+    units: int,
+    counted: Callable[[], dict[str, np.ndarray]] | None = None,
+    store: Where = None,
 ) -> dict[str, np.ndarray] | None:
     """Labels, certified classes and radii in units (n,) of a model behind noise of so many units; None if not known.
 
@@ -43,7 +48,7 @@ def certificates(
         return {"labels": one["labels"], "classes": classes, "radii": units * radii}
 
     about = [named, scale.source, scale.reference_eps, units, ALPHA]
-    return artifact(scale, "certificates", about, certified, [certify, votes], only_known=counted is None)
+    return artifact(scale, "certificates", about, certified, [certify, votes], store, only_known=counted is None)
 
 
 def proved(found: dict[str, np.ndarray], radius: float) -> np.ndarray:
