@@ -524,8 +524,6 @@ def test_verdicts_take_what_judging_makes():
     assert "✓ supported, 1 agree, 0 contradict, 0 open, +30.0 [+20.0, +40.0]" in text
     assert "○ outside this world, no room here" in text
     assert "? open, 0 agree, 0 contradict, 1 open, +1.0 [-4.0, +6.0], a distance of" in text
-    board = report.board({"quick": frame}).rows
-    assert [field.text for field in board[0][2:]] == ["1", "1 supported"]
 
 
 def test_wrong_verdicts_are_named(found):
@@ -536,18 +534,6 @@ def test_wrong_verdicts_are_named(found):
         report.verdicts({"full": full.assign(verdict="maybe")})
     with pytest.raises(ValueError, match="no verdicts"):
         report.verdicts({"full": full.iloc[:0]})
-
-
-def test_board_counts_the_claims_of_papers_only(found):
-    table = report.board(found, links={"P": "p/summary.html"})
-    rows = [[field.text for field in row] for row in table.rows]
-    assert rows == [
-        ["P", "Tinyworld (full)", "2", "1 supported, 1 contradicted"],
-        ["P", "Tinyworld (quick)", "2", "1 supported, 1 contradicted"],
-        ["Q", "Tinyworld (quick)", "1", "1 open"],
-    ]
-    links = [link[1].get("href") for link in Page(table._repr_html_()).all("a")]
-    assert set(links) == {"p/summary.html"}
 
 
 def test_answer_comes_first_with_words_and_figure(found):
@@ -633,7 +619,6 @@ def test_every_class_on_a_page_is_known_to_the_style_sheet(found, sweep):
     parts = [
         report.answer(["A."], figure, found),
         report.verdicts(found),
-        report.board(found),
         report.table(sweep[:2], rows="eps"),
         report.downloads(sweep[:2], "sweep"),
     ]

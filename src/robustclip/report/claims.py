@@ -1,4 +1,4 @@
-"""What was claimed and what was found: the answer on top of a page, claims with verdict and evidence, the board."""
+"""What was claimed and what was found: the answer on top of a page, claims with verdict and evidence."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -56,19 +56,6 @@ def verdicts(found: Mapping[str, pd.DataFrame], caption: str = "Claims under tes
     return Block(table._repr_html_() + folding, f"{table!r}\n\n{evidence!r}")
 
 
-def board(found: Mapping[str, pd.DataFrame], links: Mapping[str, str] | None = None) -> HtmlTable:
-    """Count the papers' claims by verdict, a line per paper and scale; `links` maps papers (as ids begin) to pages."""
-    rows = _together(found).drop_duplicates(["scale", "page", "id"])
-    rows = rows[~rows["ours"].astype(bool)].assign(paper=rows["id"].str.partition("-")[0])
-    lines = []
-    for (paper, scale), part in rows.groupby(["paper", "scale"], sort=False):
-        counts, link = _words(part), escape((links or {}).get(paper, ""))
-        name = Field(paper, html=f'<a href="{link}">{escape(paper)}</a>' * bool(link))
-        verdicts = Field(_counted(counts), counts.get("supported", 0), html=_badges(counts, link))
-        lines.append((name, Field(WORLDS.get(scale, scale)), Field(str(len(part)), len(part)), verdicts))
-    return HtmlTable(("paper", "scale", "claims", "verdicts"), tuple(lines), 2, "Claims of the papers, by verdict")
-
-
 def _together(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The verdicts of all scales in one frame with the columns `scale` and `page`; a condition may stand there once."""
     if not found or all(frame.empty for frame in found.values()):
@@ -94,8 +81,8 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
-def _badges(counts: Mapping[str, int], link: str = "") -> str:
-    return " ".join(badge(word, count, link) for word, count in counts.items())
+def _badges(counts: Mapping[str, int]) -> str:
+    return " ".join(badge(word, count) for word, count in counts.items())
 
 
 def verdict_field(found: Mapping) -> Field:

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from robustclip.report.figures import COLORS, style
 from robustclip.report.tables import Field, HtmlTable
-from robustclip.report.words import MISSING
+from robustclip.report.words import MISSING, WORLDS
 
 HEADS = {  # of columns with numbers
     "clean": "clean", "blind": "blind PGD-10", "autoattack": "AutoAttack", "aware": "aware", "worst": "worst case",
@@ -27,6 +31,40 @@ def leaderboard(frame: pd.DataFrame, caption: str, note: str = "") -> HtmlTable:
         heads, tuple(_line(one, best) for one in shown), 3, caption, note=note,
         filters=("model", "defense", "kind", "potentially unreliable"),
     )  # fmt: skip
+
+
+def drops(boards: Mapping[str, pd.DataFrame], top: int = 12) -> Figure:
+    """Draw what blind attackers leave of the first entries beside the worst case, a panel per scale."""
+    with style():
+        figure = Figure(figsize=(max(5.6, 4.7 * len(boards)), 1.2 + 0.25 * top))
+        axes = np.atleast_1d(figure.subplots(1, len(boards)))
+        for axis, (of, frame) in zip(axes, boards.items(), strict=True):
+            _drops_of(axis, frame[frame["rank"].notna()].head(top), WORLDS.get(of, of))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle(f"The first {top}: what blind attackers leave, and the worst case", fontsize="medium")
+    sets = "; ".join(f"{WORLDS.get(of, of)}: {frame['sets'].iloc[0]}, n = {frame['worst_n'].max()}"
+                     for of, frame in boards.items())  # fmt: skip
+    figure.set_label(f"{sets}. Thin line: 95 % interval of the worst case. ⚑: potentially unreliable.")
+    return figure
+
+
+def entry(model: str, defense: str) -> str:
+    """An entry in words."""
+    return model if defense == "none" else f"{model} + {defense}"
+
+
+def _drops_of(axis: Axes, frame: pd.DataFrame, title: str) -> None:
+    """One panel: blind and worst case of each entry, a line between them."""
+    for place, one in enumerate(frame.to_dict("records")):
+        axis.plot([one["blind"], one["worst"]], [place] * 2, "-", color="0.75", marker="", linewidth=1.5, zorder=1)
+        ends = [one["worst_low"], one["worst_high"]]
+        axis.plot(ends, [place] * 2, "-", color=COLORS[0], marker="", linewidth=1)
+        axis.plot(one["blind"], place, "s", color=COLORS[1], ms=5, label="blind PGD-10" * (not place))
+        axis.plot(one["worst"], place, "D", color=COLORS[0], ms=5, label="worst case" * (not place))
+    labels = [entry(one.model, one.defense) + " ⚑" * bool(one.doubts) for one in frame.itertuples()]
+    axis.set_yticks(range(len(frame)), labels)
+    axis.set(xlim=(-3, 103), ylim=(len(frame) - 0.4, -0.6), xlabel="accuracy (%)", title=title)
+    axis.grid(False, axis="y")
 
 
 def _line(one: Mapping, best: Mapping[str, float]) -> tuple[Field, ...]:

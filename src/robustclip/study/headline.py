@@ -34,7 +34,7 @@ def claimed(claims: pd.DataFrame) -> str:
         f"{AMONG[scale]} " + ", ".join(f"{found[word]} {word}" for word in WORDS if word in found)
         for scale, found in counts.items()
     ]
-    return f"{claims['id'].nunique()} claims of {claims['paper'].nunique()} papers, tested: {'; '.join(parts)}."
+    return f"{claims['id'].nunique()} claims of {claims['paper'].nunique()} papers: {'; '.join(parts)}."
 
 
 def at_test_time(board: pd.DataFrame, among: str) -> str:
