@@ -121,7 +121,7 @@ def test_what_no_page_has_judged_is_due_or_outside(small):
     outside = row_of(frame, "MMA-C2", "photo")
     assert (outside["verdict"], outside["note"]) == ("outside this world", known_claims()["MMA-C2"]["why"])
     planned = row_of(frame, "MMA-C1", "photo")
-    assert (planned["verdict"], planned["link"]) == ("due", "foundations/multimodal-attacks.html#MMA-C1")
+    assert (planned["verdict"], planned["link"]) == ("due", "foundations/retrieval-attacks.html#MMA-C1")
 
 
 def test_shipped_verdicts_come_before_those_found_here(small):
