@@ -54,6 +54,12 @@ def verdicts(found: Mapping[str, pd.DataFrame], caption: str = "Claims under tes
     return Block(table._repr_html_() + folding, f"{table!r}\n\n{evidence!r}")
 
 
+def evidence(found: Mapping[str, pd.DataFrame], ids: Sequence[str]) -> HtmlTable:
+    """Show every condition of some claims: where it had to lie, and the estimate with its outcome at each scale."""
+    rows = _together(found)
+    return _evidence(rows[rows["id"].isin(ids)], found)
+
+
 def board(found: Mapping[str, pd.DataFrame], links: Mapping[str, str] | None = None) -> HtmlTable:
     """Count the papers' claims by verdict, a line per paper and scale; `links` maps papers (as ids begin) to pages."""
     rows = _together(found).drop_duplicates(["scale", "page", "id"])
