@@ -16,6 +16,8 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
+from robustclip import report
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     path for path in (ROOT / "book").rglob("*") if path.suffix in {".md", ".ipynb"} and "/." not in path.as_posix()
@@ -219,6 +221,57 @@ def test_a_notebook_runs_once_until_something_changes(small_book):
     assert not any(again.is_done() for again in execute.plan(out, {"n": 5}))
     (root / "src" / "changed.py").write_text("x = 1\n")
     assert not any(again.is_done() for again in execute.plan(out, {"n": 6}))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("# Title\n\nA *first* sentence about {cite:p}`tecoa`, and [a link](x.html). A second one.",
+         "A first sentence about , and a link."),
+        ("# Title\n\nWhat is it? An answer of 3.5 %. More.", "What is it?"),
+        ("# Title\n\nNo end", "No end"),
+        ("# Title", ""),
+    ],
+)  # fmt: skip
+def test_a_page_is_described_by_its_first_sentence(text, said):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    assert tool("execute").description(notebook) == said
+
+
+def test_a_page_with_an_answer_is_described_by_it():
+    said = report.answer(["CLIP keeps 3.5 % at 8/255. TeCoA keeps more."])
+    output = nbformat.v4.new_output("display_data", {"text/html": said._repr_html_(), "text/plain": repr(said)})
+    cells = [nbformat.v4.new_markdown_cell("# Title\n\nProse."), nbformat.v4.new_code_cell("", outputs=[output])]
+    assert tool("execute").description(nbformat.v4.new_notebook(cells=cells)) == "CLIP keeps 3.5 % at 8/255."
+
+
+def test_lessons_keep_their_scale_unless_it_is_given_to_them(small_book):
+    execute, root, write = small_book
+    write('scale: str = "quick"  # of the pictures')
+    lessons = root / "book" / "foundations"
+    lessons.mkdir()
+    for name in ("attacks", "verdicts"):
+        (lessons / f"{name}.ipynb").write_text((root / "book" / "one.ipynb").read_text())
+    given = {job.name: job.parameters for job in execute.plan(root / "out", {"scale": "photo"})}
+    photo = {"scale": "photo"}
+    assert given == {
+        "book/foundations/attacks.ipynb": {},
+        "book/foundations/verdicts.ipynb": photo,
+        "book/one.ipynb": photo,
+    }
+    assert all(job.parameters == photo for job in execute.plan(root / "out", {"book/*:scale": "photo"}))
+
+
+@pytest.mark.parametrize(("shipped", "scale"), [([], "photo"), (["quick"], "quick"), (["quick", "photo"], "photo")])
+def test_a_page_takes_a_scale_that_its_verdicts_are_shipped_for(small_book, shipped, scale):
+    execute, root, write = small_book
+    write('scale: str = "quick"  # of the pictures')
+    for name in shipped:
+        (root / "results" / name / "verdicts" / "book").mkdir(parents=True)
+        (root / "results" / name / "verdicts" / "book" / "one.json").write_text("[]")
+    (root / "book" / "two.ipynb").write_text((root / "book" / "one.ipynb").read_text())
+    one, two = execute.plan(root / "out", {"scale": "photo"})
+    assert (one.parameters.get("scale", "quick"), two.parameters["scale"]) == (scale, "photo")
 
 
 def test_parameters_for_some_notebooks_and_for_none(small_book):

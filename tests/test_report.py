@@ -2,7 +2,10 @@
 
 import importlib
 import io
+import json
 import math
+import shutil
+import subprocess
 from base64 import b64decode
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -27,6 +30,7 @@ from robustclip.study.evaluate import COLUMNS
 from robustclip.study.reported import reported
 from robustclip.study.statistics import Estimate, wilson
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = ("br", "img", "meta")
 
 
@@ -406,6 +410,48 @@ def test_listing_shows_any_frame():
     assert not Page(table._repr_html_()).all("details")
 
 
+def test_filters_are_marked_at_their_headings_and_have_to_be_columns():
+    frame = pd.DataFrame({"paper": ["SCC"], "verdict": ["open"], "n": [3]})
+    page = Page(report.listing(frame, filters=["verdict"])._repr_html_())
+    assert [head[2] for head in page.all("th") if "data-filter" in head[1]] == ["verdict"]
+    with pytest.raises(ValueError, match="unknown filters 'modality'; choose one of: paper, verdict, n"):
+        report.listing(frame, filters=["modality"])
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no browser: what the script does is not seen")
+def test_select_boxes_and_text_show_the_rows_that_pass_all(tmp_path):
+    frame = pd.DataFrame({"paper": ["SCC", "SCC", "COLA"], "verdict": ["open", "mixed", "open"], "n": [1, 12, 3]})
+    act = """addEventListener("load", () => {
+      const [paper, verdict] = document.querySelectorAll("select");
+      const search = document.querySelector("input");
+      const options = [...paper.options].map((one) => one.text).join();
+      const said = [];
+      for (const [box, value] of [[paper, "SCC"], [verdict, "open"], [paper, ""], [search, "3"], [search, ""]]) {
+        box.value = value;
+        box.dispatchEvent(new Event("input", { bubbles: true }));
+        const left = [...document.querySelectorAll("tbody tr")].filter((row) => !row.hidden);
+        said.push(left.map((row) => row.cells[2].textContent).join());
+      }
+      document.body.textContent = `${options} | ${said.join(" ")} | `;
+    })"""
+    script = (Path(__file__).parents[1] / "book/_static/tables.js").read_text(encoding="utf-8")
+    table = report.listing(frame, filters=["paper", "verdict"])._repr_html_()
+    (page := tmp_path / "page.html").write_text(f"{table}<script>{script}</script><script>{act}</script>")
+    own = f"--user-data-dir={tmp_path / 'browser'}"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", own, "--dump-dom", page.as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    assert "all,COLA (1),SCC (2) | 1,12 1 1,3 3 1,3 | " in seen
+
+
+def test_downloads_hold_the_frame():
+    frame = pd.DataFrame({"claim": ['a "b", c', "é"], "value": [1.5, np.nan]})
+    links = Page(report.downloads(frame, "claims")._repr_html_()).all("a")
+    assert [link[1]["download"] for link in links] == ["claims.csv", "claims.json"]
+    table, records = (b64decode(link[1]["href"].partition("base64,")[2]).decode() for link in links)
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(table)), frame)
+    assert json.loads(records) == [{"claim": 'a "b", c', "value": 1.5}, {"claim": "é"}]
+
+
 @pytest.mark.parametrize(
     ("played_by", "said"),
     [
@@ -501,8 +547,6 @@ def test_verdicts_take_what_judging_makes():
     assert "✓ supported, 1 agree, 0 contradict, 0 open, +30.0 [+20.0, +40.0]" in text
     assert "○ outside this world, no room here" in text
     assert "? open, 0 agree, 0 contradict, 1 open, +1.0 [-4.0, +6.0], a distance of" in text
-    board = report.board({"quick": frame}).rows
-    assert [field.text for field in board[0][2:]] == ["1", "1 supported"]
 
 
 def test_wrong_verdicts_are_named(found):
@@ -513,18 +557,6 @@ def test_wrong_verdicts_are_named(found):
         report.verdicts({"full": full.assign(verdict="maybe")})
     with pytest.raises(ValueError, match="no verdicts"):
         report.verdicts({"full": full.iloc[:0]})
-
-
-def test_board_counts_the_claims_of_papers_only(found):
-    table = report.board(found, links={"P": "p/summary.html"})
-    rows = [[field.text for field in row] for row in table.rows]
-    assert rows == [
-        ["P", "Tinyworld (full)", "2", "1 supported, 1 contradicted"],
-        ["P", "Tinyworld (quick)", "2", "1 supported, 1 contradicted"],
-        ["Q", "Tinyworld (quick)", "1", "1 open"],
-    ]
-    links = [link[1].get("href") for link in Page(table._repr_html_()).all("a")]
-    assert set(links) == {"p/summary.html"}
 
 
 def test_answer_comes_first_with_words_and_figure(found):
@@ -610,8 +642,8 @@ def test_every_class_on_a_page_is_known_to_the_style_sheet(found, sweep):
     parts = [
         report.answer(["A."], figure, found),
         report.verdicts(found),
-        report.board(found),
         report.table(sweep[:2], rows="eps"),
+        report.downloads(sweep[:2], "sweep"),
     ]
     classes = {
         name

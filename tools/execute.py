@@ -41,6 +41,9 @@ PACKAGES = (
     *("numpy", "pandas", "scikit-learn", "seaborn", "papermill", "jupyter-book"),
 )
 START_TIMEOUT, CELL_TIMEOUT = 300, 1800  # seconds; a kernel or a cell that takes longer hangs
+# Pages that teach on pictures before the reader's eyes keep the small drawn world, whatever scale the book has, except
+# those that are about what was measured.
+LESSONS, MEASURED = "book/foundations/*", ("floors-and-ceilings", "photo-world", "verdicts")
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # kernels warn of local TCP, and of being told to end
 
 
@@ -110,7 +113,8 @@ def environment() -> dict[str, str]:
 def plan(out: Path, parameters: dict[str, object]) -> list[Job]:
     """One job per notebook, with those of the parameters that the notebook declares.
 
-    A key of `parameters` is a name, or a pattern of notebooks and a name, as in "book/foundations/*:n".
+    A key of `parameters` is a name, or a pattern of notebooks and a name, as in "book/foundations/*:n". A scale without
+    a pattern is not for lessons, nor for pages that are due at it.
     """
     common = [code_digest(), environment()]
     jobs, used = [], set()
@@ -119,7 +123,11 @@ def plan(out: Path, parameters: dict[str, object]) -> list[Job]:
         own = {}
         for key, value in parameters.items():
             pattern, _, name = key.rpartition(":")
-            if name in declared and fnmatch(path.as_posix(), pattern or "*"):
+            if (
+                name in declared
+                and fnmatch(path.as_posix(), pattern or "*")
+                and not (key == "scale" and keeps_scale(path, value))
+            ):
                 own[name] = value
                 used.add(key)
         key = json.dumps([digest([source]), own, *common], sort_keys=True).encode()
@@ -127,6 +135,17 @@ def plan(out: Path, parameters: dict[str, object]) -> list[Job]:
     if unknown := sorted(parameters.keys() - used):
         raise ValueError(f"no notebook of the book has a parameter {', '.join(unknown)}")
     return jobs
+
+
+def keeps_scale(page: Path, scale: str) -> bool:
+    """Whether a page stays at its own scale: a lesson, or one whose verdicts are shipped for that but not for this."""
+    if fnmatch(page.as_posix(), LESSONS):
+        return page.stem not in MEASURED
+    shipped = (
+        ROOT / "results" / name / "verdicts" / page.parent.name / f"{page.stem}.json" for name in ("quick", scale)
+    )
+    here, there = (path.is_file() for path in shipped)
+    return here and not there
 
 
 def run(job: Job, kernel: str = "python3") -> str | None:
@@ -146,6 +165,8 @@ def run(job: Job, kernel: str = "python3") -> str | None:
     for cell in notebook.cells:  # papermill's own, which repeats the parameters
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["tags"].append("hide-input")
+    said = description(notebook)
+    notebook.metadata["myst"] = {"html_meta": {"description": said, "property=og:description": said}}
     notebook.metadata["robustclip"] = {
         "fingerprint": job.fingerprint,
         "parameters": job.parameters,
@@ -157,6 +178,16 @@ def run(job: Job, kernel: str = "python3") -> str | None:
     nbformat.write(notebook, part)
     part.replace(job.target)
     return None
+
+
+def description(notebook: nbformat.NotebookNode) -> str:
+    """What search engines and previews show of a page: the first sentence of its answer, else of its prose."""
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    answers = [data["text/plain"] for data in outputs if "robustclip-answer" in data.get("text/html", "")]
+    prose = [cell.source.partition("\n\n")[2] for cell in notebook.cells if cell.cell_type == "markdown"]
+    text = re.sub(r"\{[\w:]+\}`[^`]*`|[*`]|\[|\]\([^)]*\)", "", " ".join((answers or prose or [""])[0].split()))
+    whole = re.match(r".*?[.?!](?= [A-Z]|$)", text)
+    return (whole[0] if whole else text)[:300]
 
 
 def due(jobs: list[Job], force: bool = False) -> list[Job]:

@@ -1,4 +1,4 @@
-// Tables of the class "robustclip-table": click a heading to sort, type above the table to filter.
+// Tables of the class "robustclip-table": click a heading to sort, type or choose above the table to filter.
 // Figures of the class "robustclip-figure": a link that saves the picture. Without this script all is complete and readable.
 
 const numeric = new Intl.Collator("en", { numeric: true });
@@ -42,22 +42,61 @@ function addSorting(table) {
   });
 }
 
-function addFilter(table, frame) {
-  const rows = [...table.tBodies[0].rows];
-  if (rows.length < 6) return;
+// The text of a place without the muted line below it.
+function textOf(cell) {
+  const copy = cell?.cloneNode(true);
+  copy?.querySelectorAll("small").forEach((small) => small.remove());
+  return copy?.textContent.trim() ?? "";
+}
+
+function searchBox(count) {
   const input = document.createElement("input");
   input.type = "search";
-  input.className = "robustclip-filter";
-  input.placeholder = `Filter ${rows.length} rows`;
+  input.placeholder = `Filter ${count} rows`;
   input.setAttribute("aria-label", "Show only rows that contain this text");
-  input.addEventListener("input", () => {
-    const words = input.value.toLowerCase().split(/\s+/);
+  return input;
+}
+
+// All values of a column in the order of sorting, with the number of their rows.
+function selectBox(rows, column, name) {
+  const cells = rows.map((row) => row.cells[column]).filter(Boolean);
+  const values = new Map(cells.map((cell) => [textOf(cell), sortValue(cell)]));
+  const ranked = [...values].sort(([, a], [, b]) => isMissing(a) - isMissing(b) || compare(a, b)).map(([text]) => text);
+  const select = document.createElement("select");
+  select.append(new Option("all", ""));
+  for (const text of ranked) {
+    select.append(new Option(`${text} (${cells.filter((cell) => textOf(cell) === text).length})`, text));
+  }
+  const label = document.createElement("label");
+  label.append(`${name} `, select);
+  return label;
+}
+
+// Above the table: a field for text, and a select box for each heading with data-filter. A row has to pass all of them.
+function addFilters(table, frame) {
+  const rows = [...table.tBodies[0].rows];
+  const headings = [...table.tHead.rows[0].cells];
+  const chosen = headings.flatMap((heading, column) => ("filter" in heading.dataset ? [column] : []));
+  if (rows.length < 6 && !chosen.length) return;
+  const search = searchBox(rows.length);
+  const labels = chosen.map((column) => selectBox(rows, column, headings[column].textContent.trim()));
+  const selects = labels.map((label) => label.querySelector("select"));
+  const shown = document.createElement("span");
+  shown.setAttribute("role", "status");
+  const bar = document.createElement("div");
+  bar.className = "robustclip-filters";
+  bar.append(search, ...labels, shown);
+  bar.addEventListener("input", () => {
+    const words = search.value.toLowerCase().split(/\s+/);
     rows.forEach((row) => {
       const text = row.textContent.toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
+      const passes = selects.every(({ value }, i) => value === "" || textOf(row.cells[chosen[i]]) === value);
+      row.hidden = !passes || !words.every((word) => text.includes(word));
     });
+    const left = rows.filter((row) => !row.hidden).length;
+    shown.textContent = left < rows.length ? `${left} of ${rows.length} rows` : "";
   });
-  frame.before(input);
+  frame.before(bar);
 }
 
 // Numbers line up on the right; short texts stay in one line; long ones get room before the table starts to scroll.
@@ -65,13 +104,6 @@ function kindOf(texts) {
   const values = texts.filter((text) => !isMissing(text));
   if (values.every((text) => /^[-−+]?[\d.,]+ ?%?($|\s[[±†⚑(])/.test(text))) return "robustclip-number";
   return values.some((text) => text.length > 24) ? "robustclip-long" : "robustclip-short";
-}
-
-// The text of a place without the muted line below it.
-function textOf(cell) {
-  const copy = cell?.cloneNode(true);
-  copy?.querySelectorAll("small").forEach((small) => small.remove());
-  return copy?.textContent.trim() ?? "";
 }
 
 // Each place knows its heading, which stands beside it where a row is shown as a card.
@@ -109,7 +141,7 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("figure.robustclip-figure").forEach(addSaving);
   for (const table of document.querySelectorAll("table.robustclip-table")) {
     if (!table.tHead || !table.tBodies.length) continue;
-    addFilter(table, frameOf(table));
+    addFilters(table, frameOf(table));
     markColumns(table);
     addSorting(table);
   }

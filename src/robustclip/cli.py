@@ -251,6 +251,53 @@ def plan(
 
 
 @app.command()
+def leaderboard(
+    scale: Scale = "quick",
+    model: Annotated[str, typer.Option(help="A model of the table, a folder, or anything models.load takes.")] = "clip",
+    defense: Annotated[str, typer.Option(help="module:Name of your own, or a name of the table.")] = "none",
+    attack: Annotated[str, typer.Option(help="module:Name of your own, or a name, beside those of the protocol.")] = "",
+    n: Annotated[int, typer.Option(min=0, help="Images per set of your own entry [default: the scale's].")] = 0,
+    device: Device = "auto",
+    store: Folder = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole table there, as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the whole table there, as CSV.")] = None,
+) -> None:
+    """Show all models and defenses by what an attacker who knows them leaves; or measure your own by the same protocol.
+
+    A module is a .py file of the current folder, or an installed one. A defense is a class with `logits`, or a function
+    from a classifier to a classifier; an attack is called with (classifier, images, labels) and returns images.
+
+    \b
+    robustclip leaderboard --scale photo --json board.json
+    robustclip leaderboard --defense my_module:MyDefense
+    robustclip leaderboard --defense TTC --attack my_module:MyAttack --n 20
+    robustclip leaderboard --model ViT-B-32/openai --scale paper
+    """
+    from robustclip import study
+    from robustclip.study import entry, leaderboard
+
+    own = model != "clip" or defense != "none" or attack != ""
+    with _exit_code(2):
+        chosen = study.scale(scale)
+        found = entry.propose(chosen, model, defense, attack, device) if own else None
+    with _exit_code(1):
+        board, told = leaderboard.rows(chosen, store, device), []
+        near = board
+        if found:
+            mine = entry.measure(found, n, store, device)
+            board, place = entry.placed(board, mine)
+            near, told = board.iloc[max(place - 3, 0) : place + 4], entry.said(board, place, mine, found.attack_name)
+        typer.echo(leaderboard.text(near))
+        typer.echo("\n".join(told), nl=bool(told))
+        for path, content in (
+            (json_file, json.dumps(_records(board), indent=1)),
+            (csv_file, board.to_csv(index=False)),
+        ):
+            if path:
+                path.write_text(content, encoding="utf-8")
+
+
+@app.command()
 def export(
     scale: Scale = "quick",
     store: Annotated[

@@ -1,4 +1,4 @@
-"""What was claimed and what was found: the answer on top of a page, claims with verdict and evidence, the board."""
+"""What was claimed and what was found: the answer on top of a page, claims with verdict and evidence."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,6 +10,7 @@ from robustclip.report.figures import Picture
 from robustclip.report.markup import SYMBOLS, Block, badge, folded, paragraphs
 from robustclip.report.tables import Field, HtmlTable, grade_of, label
 from robustclip.report.words import DUE, MISSING, WORLDS
+from robustclip.study.claims import summed
 
 OUTCOMES = {"agree": "✓ agrees", "contradict": "✗ contradicts", "open": "? open", "outside": "○ outside this world"}
 
@@ -43,7 +44,8 @@ def verdicts(found: Mapping[str, pd.DataFrame], caption: str = "Claims under tes
         target = f"{page}.html#{number}" if page else f"#{anchor}"
         name = f'<a id="{escape(anchor)}" href="{escape(target)}">{escape(number)}</a>'
         printed = f"{first['printed']} {grade_of(first['mark'])}".strip() or MISSING
-        verdicts = [_verdict(mine[mine["scale"] == scale]) for scale in found]
+        parts = [mine[mine["scale"] == scale] for scale in found]
+        verdicts = [verdict_field(summed(part)) if len(part) else Field(DUE) for part in parts]
         lines.append((Field(number, html=name), Field(first["statement"]), Field(printed), *verdicts))
     heads = ("claim", "statement", "printed", *(WORLDS.get(scale, scale) for scale in found))
     if not rows["printed"].any():  # statements of our own, printed nowhere
@@ -58,19 +60,6 @@ def evidence(found: Mapping[str, pd.DataFrame], ids: Sequence[str]) -> HtmlTable
     """Show every condition of some claims: where it had to lie, and the estimate with its outcome at each scale."""
     rows = _together(found)
     return _evidence(rows[rows["id"].isin(ids)], found)
-
-
-def board(found: Mapping[str, pd.DataFrame], links: Mapping[str, str] | None = None) -> HtmlTable:
-    """Count the papers' claims by verdict, a line per paper and scale; `links` maps papers (as ids begin) to pages."""
-    rows = _together(found).drop_duplicates(["scale", "page", "id"])
-    rows = rows[~rows["ours"].astype(bool)].assign(paper=rows["id"].str.partition("-")[0])
-    lines = []
-    for (paper, scale), part in rows.groupby(["paper", "scale"], sort=False):
-        counts, link = _words(part), escape((links or {}).get(paper, ""))
-        name = Field(paper, html=f'<a href="{link}">{escape(paper)}</a>' * bool(link))
-        verdicts = Field(_counted(counts), counts.get("supported", 0), html=_badges(counts, link))
-        lines.append((name, Field(WORLDS.get(scale, scale)), Field(str(len(part)), len(part)), verdicts))
-    return HtmlTable(("paper", "scale", "claims", "verdicts"), tuple(lines), 2, "Claims of the papers, by verdict")
 
 
 def _together(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -98,20 +87,20 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
-def _badges(counts: Mapping[str, int], link: str = "") -> str:
-    return " ".join(badge(word, count, link) for word, count in counts.items())
+def _badges(counts: Mapping[str, int]) -> str:
+    return " ".join(badge(word, count) for word, count in counts.items())
 
 
-def _verdict(part: pd.DataFrame) -> Field:
-    """The verdict on a claim at one scale: word, three counts, and the smallest and largest effect it rests on."""
-    if part.empty:
-        return Field(DUE)
-    first = part.iloc[0]
-    effects = part[part["core"].astype(bool) & part["value"].notna()].sort_values("value")
-    ends = dict.fromkeys(_interval(row) for row in effects.iloc[[0, -1]].to_dict("records")) if len(effects) else {}
-    counts = f"{first['agree']} agree, {first['contradict']} contradict, {first['open']} open"
-    small = tuple(filter(None, [counts if ends else "", " to ".join(ends), first["note"]]))
-    word = first["verdict"]
+def verdict_field(found: Mapping) -> Field:
+    """The place of a verdict, of what `summed` says: word, counts, the smallest and the largest effect it rests on."""
+    ends = dict.fromkeys(
+        interval(found[end], found[f"{end}_low"], found[f"{end}_high"])
+        for end in ("smallest", "largest")
+        if not pd.isna(found.get(end))
+    )
+    counts = f"{found['agree']} agree, {found['contradict']} contradict, {found['open']} open"
+    small = tuple(filter(None, [counts if ends else "", " to ".join(ends), found["note"]]))
+    word = found["verdict"]
     return Field(f"{SYMBOLS[word]} {word}", [*SYMBOLS].index(word), small=small, html=badge(word))
 
 
@@ -131,8 +120,10 @@ def _evidence(rows: pd.DataFrame, scales: Mapping[str, object]) -> HtmlTable:
 
 def _outcome(row: Mapping) -> Field:
     text = OUTCOMES[row["outcome"]] + f" ({row['reason']})" * bool(row["reason"])
-    return Field(text) if pd.isna(row["value"]) else Field(_interval(row), row["value"], small=(text,))
+    told = interval(row["value"], row["low"], row["high"])
+    return Field(text) if pd.isna(row["value"]) else Field(told, row["value"], small=(text,))
 
 
-def _interval(row: Mapping) -> str:
-    return f"{row['value']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+def interval(value: float, low: float, high: float) -> str:
+    """An effect with its interval, as in "+3.1 [+1.0, +5.2]"."""
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -4,7 +4,7 @@ import io
 import math
 import textwrap
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -185,6 +185,42 @@ def bars(
         axis.set_xticks(range(len(groups)), [words.text_of(x, group) for group in groups])
         axis.grid(False, axis="x")
         return _finish(figure, frame, [x, hue], y, title)
+
+
+def stacked(
+    frame: pd.DataFrame, rows: str, parts: str, panels: str, looks: Mapping[str, str], title: str = ""
+) -> Figure:
+    """Count the rows of `frame`: a bar per value of `rows`, a panel per one of `panels`.
+
+    `looks` are the parts of a bar in their order, with their colors; behind it stand counts with their first words.
+    """
+    counts = frame.groupby([panels, rows, parts], sort=False).size()
+    names, heads = list(frame[rows].unique()), list(frame[panels].unique())
+    longest = frame.groupby([panels, rows]).size().max()
+    with style():
+        figure = Figure(figsize=(max(5.6, 1.2 + 3.8 * len(heads)), 1.4 + 0.24 * len(names)))
+        axes = figure.subplots(1, len(heads), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, head in zip(axes, heads, strict=True):
+            ends, told = np.zeros(len(names)), [[] for _ in names]
+            for (part, color), hatch in zip(looks.items(), HATCHES, strict=False):
+                widths = [counts.get((head, name, part), 0) for name in names]
+                if any(widths):
+                    look = {"color": color, "hatch": hatch, "edgecolor": "white", "label": part}
+                    axis.barh(range(len(names)), widths, left=ends, **look)
+                for texts, width in zip(told, widths, strict=True):
+                    texts += [f"{width} {part.split()[0]}"] * bool(width)
+                ends += widths
+            for place, (end, texts) in enumerate(zip(ends, told, strict=True)):
+                axis.text(end + 0.02 * longest, place, "  ".join(texts), va="center", fontsize="small")
+            axis.set_yticks(range(len(names)), names)
+            axis.set(
+                xlim=(0, 1.75 * longest),
+                xlabel="number",
+                ylim=(len(names) - 0.4, -0.6),
+                title=words.WORLDS.get(head, head),
+            )
+            axis.grid(False, axis="y")
+        return _finish(figure, frame, [], "", title)
 
 
 def forest(frame: pd.DataFrame, unit: str = "gain in accuracy (points)", title: str = "Printed and measured") -> Figure:

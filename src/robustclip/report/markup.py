@@ -43,8 +43,7 @@ def paragraphs(texts: Iterable[str], kind: str) -> str:
     return "\n".join(f'<p class="robustclip-{kind}">{escape(text)}</p>' for text in texts)
 
 
-def badge(word: str, count: int | None = None, link: str = "") -> str:
+def badge(word: str, count: int | None = None) -> str:
     """A verdict as symbol and word, with a count if given: no meaning hangs on the color alone."""
     text = f"{SYMBOLS[word]} {word}" + (f" {count}" if count is not None else "")
-    tag, target = ("a", f' href="{escape(link)}"') if link else ("span", "")
-    return f'<{tag} class="robustclip-badge robustclip-{word.partition(" ")[0]}"{target}>{escape(text)}</{tag}>'
+    return f'<span class="robustclip-badge robustclip-{word.partition(" ")[0]}">{escape(text)}</span>'

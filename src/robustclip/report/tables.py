@@ -1,5 +1,7 @@
 """Tables: semantic HTML that needs no script, and the same as Markdown where HTML is not shown."""
 
+import json
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,7 +12,7 @@ import pandas as pd
 
 from robustclip.checks import check_choice
 from robustclip.report import words
-from robustclip.report.markup import folded, marked, paragraphs
+from robustclip.report.markup import Block, folded, marked, paragraphs
 from robustclip.study.reported import named
 from robustclip.study.scales import scale as scale_named
 from robustclip.study.scales import scale_names
@@ -42,7 +44,10 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class HtmlTable:
-    """A finished table: the first `labels` columns name the row, `note` stands below, `notes` are folded."""
+    """A finished table: the first `labels` columns name the row, `note` stands below, `notes` are folded.
+
+    `filters` are heads of columns that a page gives a select box, to show only the rows with one of their values.
+    """
 
     heads: tuple[str, ...]
     rows: tuple[tuple[Field, ...], ...]
@@ -50,10 +55,16 @@ class HtmlTable:
     caption: str
     notes: tuple[str, ...] = ()
     note: str = ""
+    filters: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for head in self.filters:
+            check_choice("filters", head, self.heads)
 
     def _repr_html_(self) -> str:
         """Return plain HTML; "dataframe" is the class that notebook and book themes color in light and dark."""
-        heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in self.heads)
+        chosen = {head: " data-filter" * (head in self.filters) for head in self.heads}
+        heads = "".join(f'<th scope="col"{chosen[head]}>{escape(head)}</th>' for head in self.heads)
         caption = f"<caption>{escape(self.caption)}</caption>\n" * bool(self.caption)
         body = "\n".join(f"<tr>{''.join(map(self._place, range(len(row)), row))}</tr>" for row in self.rows)
         below = paragraphs(filter(None, self.note.splitlines()), "note")
@@ -80,10 +91,33 @@ class HtmlTable:
         return "\n\n".join(filter(None, [self.caption, grid, self.note.strip(), *self.notes]))
 
 
-def listing(frame: pd.DataFrame, caption: str = "", labels: int = 1, note: str = "") -> HtmlTable:
-    """Show any frame as it is, in the style of the book; the first `labels` columns name the row."""
+def listing(
+    frame: pd.DataFrame, caption: str = "", labels: int = 1, note: str = "", filters: Sequence[str] = ()
+) -> HtmlTable:
+    """Show any frame as it is, in the style of the book; the first `labels` columns name the row.
+
+    The columns `filters` get select boxes.
+    """
     lines = [tuple(map(label, frame.columns, row)) for row in frame.itertuples(index=False)]
-    return HtmlTable(tuple(map(str, frame.columns)), tuple(lines), labels, caption, note=note)
+    return HtmlTable(tuple(map(str, frame.columns)), tuple(lines), labels, caption, note=note, filters=tuple(filters))
+
+
+def downloads(frame: pd.DataFrame, name: str) -> Block:
+    """Links that save a frame as `name`.csv and `name`.json; both files are in the page itself.
+
+    The JSON is a list of objects, one per row; what is missing or empty in a row is left out.
+    """
+    rows = json.loads(frame.to_json(orient="records"))
+    told = [{column: value for column, value in row.items() if value not in (None, "")} for row in rows]
+    files = {"csv": frame.to_csv(index=False), "json": json.dumps(told, ensure_ascii=False)}
+    kinds = {"csv": "text/csv", "json": "application/json"}
+    links = " ".join(
+        f'<a download="{escape(name)}.{end}" '
+        f'href="data:{kinds[end]};charset=utf-8;base64,{b64encode(text.encode()).decode()}">{end.upper()}</a>'
+        for end, text in files.items()
+    )
+    html = f'<p class="robustclip-note">All {len(frame)} rows: <span class="robustclip-save">{links}</span></p>'
+    return Block(html, f"{name}.csv and {name}.json, {len(frame)} rows, are links on the page.")
 
 
 def settings(

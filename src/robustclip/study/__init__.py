@@ -18,10 +18,11 @@ from robustclip.study.claims import (
 )
 from robustclip.study.evaluate import audit_cell, evaluate, is_stale, judged, look_up, outcomes, over_seeds, reference
 from robustclip.study.exchange import artifact, confirm, export, reproduce
+from robustclip.study.ledger import ledger
 from robustclip.study.planning import plan
 from robustclip.study.provenance import digests, versions
 from robustclip.study.reported import named, reported, reported_papers
-from robustclip.study.scales import EVIDENCE, Scale, parse_eps, scale, scale_names
+from robustclip.study.scales import EVIDENCE, Scale, main_source, parse_eps, scale, scale_names
 from robustclip.study.shipped import facts_of, shipped_folder
 from robustclip.study.statistics import (
     Estimate,
@@ -47,8 +48,8 @@ from robustclip.study.trained import (
 __all__ = [
     "EVIDENCE", "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Soup", "Store", "Tuned", "Verdict",
     "above", "artifact", "audit_cell", "averages", "beside", "confirm", "digests", "evaluate", "export", "facts_of",
-    "fine_tuned", "grid", "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts",
-    "look_up", "macro", "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds",
+    "fine_tuned", "grid", "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "ledger",
+    "look_up", "macro", "main_source", "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds",
     "paired_difference", "parse_eps", "plan", "plan_training", "played_shots", "reference", "reported",
     "reported_papers", "reproduce", "room", "scale", "scale_names", "shipped_folder", "shipped_verdicts",
     "training_facts", "tuned_by_shots", "verdict_table", "verdicts_by_scale", "versions", "wilson",

@@ -24,6 +24,7 @@ COLUMNS = (
     *("id", "statement", "printed", "mark", "ours", "verdict", "agree", "contradict", "open", "outside", "note"),
     *("what", "value", "low", "high", "above", "below", "p", "outcome", "core", "reason"),
 )
+ENDS = tuple(f"{end}{side}" for end in ("smallest", "largest") for side in ("", "_low", "_high"))  # of core effects
 TYPES = dict.fromkeys(("value", "low", "high", "above", "below", "p"), float)
 
 
@@ -229,6 +230,17 @@ def kept_verdicts(scale: str, part: str, folder: Where = None) -> pd.DataFrame:
             pages = " and ".join(same["page"].unique())
             raise ValueError(f"claim {name!r} says different things on the pages {pages}; give each its own id")
     return table
+
+
+def summed(rows: pd.DataFrame) -> dict:
+    """One claim at one scale, of all its conditions: the first columns, and the two `ENDS` of the effects that decide.
+
+    The smallest and the largest effect are those of the core conditions; without any, they are not there.
+    """
+    effects = rows[rows["core"].astype(bool) & rows["value"].notna()].sort_values("value")
+    ends = effects.iloc[[0, -1]][["value", "low", "high"]].to_numpy().ravel() if len(effects) else []
+    first = rows.iloc[0]
+    return {name: first[name] for name in COLUMNS[: COLUMNS.index("what")]} | dict(zip(ENDS, ends, strict=False))
 
 
 def shipped_verdicts(scale: str, part: str) -> pd.DataFrame:

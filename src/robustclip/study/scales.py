@@ -101,11 +101,6 @@ class Scale:
         role_names(group)  # which knows all groups
         return tuple(name for name in self.roles if group in (None, self.group_of(name)))
 
-    @property
-    def main_source(self) -> str:
-        """The source of most classes, which models for sets that they never saw learn from: ImageNet in the papers."""
-        return max(self.role_names("source"), key=lambda name: len(role(name).classes))
-
     def group_of(self, name: str) -> str:
         """The group of a role in this world."""
         entry = role(name)
@@ -165,6 +160,11 @@ def scale(name: str | Scale) -> Scale:
         return _read(path.read_text(encoding="utf-8"), Path(name).stem, str(path) if name.endswith(".toml") else "")
     except UnicodeDecodeError as error:
         raise ValueError(f"scale {name!r} is not a text file ({error.reason}); give a TOML file") from error
+
+
+def main_source(there: Scale) -> str:
+    """The source of most classes, which models for sets that they never saw learn from: ImageNet in the papers."""
+    return max(there.role_names("source"), key=lambda name: len(role(name).classes))
 
 
 def _missing(world: str) -> dict[str, str]:
