@@ -389,6 +389,20 @@ def test_numbers_on_logarithmic_axes_are_plain():
     assert "mathdefault" not in svg
 
 
+def test_settings_say_once_what_is_the_same_at_all_scales():
+    told = {("PGD", "steps"): ("100", "unknown"), ("PGD", "start"): ("–", "random")}
+    same = {("PGD", "start"): "random"}
+    here = {"quick": same | {("PGD", "steps"): "20"}, "full": same | {("PGD", "steps"): "100"}, "photo": same}
+    here["photo"] = same | {("PGD", "steps"): "100"}
+    table = report.settings(told, here, "Settings")
+    rows = [[field.text for field in row] for row in table.rows]
+    assert table.labels == 2
+    assert rows[0] == ["PGD", "steps", "100", "unknown", "20 (Tinyworld (quick)); 100 (Tinyworld (full), photo)"]
+    assert rows[1][2:] == ["–", "random", "random"]
+    with pytest.raises(KeyError):
+        report.settings(told, {"quick": same})
+
+
 def test_listing_shows_any_frame():
     table = report.listing(pd.DataFrame({"scale": ["quick"], "n": [3]}), "Scales")
     assert table.heads == ("scale", "n")
@@ -493,6 +507,15 @@ def test_verdicts_show_word_counts_effect_and_evidence(found):
     assert folded.startswith("Evidence")
     assert "gain, babove 0+9.0 [+7.0, +11.0] ✓ agrees" in folded
     assert "| P-C10" in repr(shown)
+
+
+def test_evidence_of_some_claims_at_every_scale(found):
+    table = report.evidence(found, ["P-C10", "Q-C1"])
+    rows = [[field.text for field in row] for row in table.rows]
+    assert [row[:2] for row in rows] == [["P-C10", "gain, a"], ["P-C10", "gain, b"], ["Q-C1", "clean"]]
+    assert rows[0][3:] == ["+30.0 [+28.0, +32.0]"] * 2
+    assert rows[2][3] == "due"
+    assert not report.evidence(found, []).rows
 
 
 def test_evidence_tells_what_decides_nothing_and_what_lies_outside():

@@ -56,6 +56,12 @@ def verdicts(found: Mapping[str, pd.DataFrame], caption: str = "Claims under tes
     return Block(table._repr_html_() + folding, f"{table!r}\n\n{evidence!r}")
 
 
+def evidence(found: Mapping[str, pd.DataFrame], ids: Sequence[str]) -> HtmlTable:
+    """Show every condition of some claims: where it had to lie, and the estimate with its outcome at each scale."""
+    rows = _together(found)
+    return _evidence(rows[rows["id"].isin(ids)], found)
+
+
 def _together(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The verdicts of all scales in one frame with the columns `scale` and `page`; a condition may stand there once."""
     if not found or all(frame.empty for frame in found.values()):

@@ -120,6 +120,19 @@ def downloads(frame: pd.DataFrame, name: str) -> Block:
     return Block(html, f"{name}.csv and {name}.json, {len(frame)} rows, are links on the page.")
 
 
+def settings(
+    told: Mapping[tuple[str, str], tuple[str, str]],
+    here: Mapping[str, Mapping[tuple[str, str], str]],
+    caption: str = "Every setting",
+) -> HtmlTable:
+    """Put what a paper and its code say of each (part, setting) beside what it is at each scale, once where it is one.
+
+    `here` maps scales to all that `told` names.
+    """
+    lines = [(*key, *said, _said_once({scale: own[key] for scale, own in here.items()})) for key, said in told.items()]
+    return listing(pd.DataFrame(lines, columns=["part", "setting", "paper", "code", "here"]), caption, labels=2)
+
+
 def table(
     frame: pd.DataFrame,
     rows: str | Sequence[str] = ("model", "attack"),
@@ -230,6 +243,14 @@ def distinct(record: Mapping) -> str:
 def grade_of(origin: object) -> str:
     """Say where a printed number was found, if not in the paper itself."""
     return "" if pd.isna(origin) or origin in ("primary", "paper", "") else f"({origin})"
+
+
+def _said_once(values: Mapping[str, str]) -> str:
+    """A setting at all scales: each value with the scales that have it, if there are several."""
+    groups: dict[str, list[str]] = {}
+    for scale, value in values.items():
+        groups.setdefault(value, []).append(words.WORLDS.get(scale, scale))
+    return "; ".join(value + f" ({', '.join(worlds)})" * (len(groups) > 1) for value, worlds in groups.items())
 
 
 def _usual(frame: pd.DataFrame) -> pd.DataFrame:

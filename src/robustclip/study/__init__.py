@@ -1,6 +1,7 @@
 """The study engine: cells, the grid that makes them, the store that keeps them, and the numbers papers print."""
 
 from robustclip.study.averages import averages
+from robustclip.study.beside import above, beside
 from robustclip.study.cells import Cell, grid
 from robustclip.study.claims import (
     Claim,
@@ -21,8 +22,8 @@ from robustclip.study.ledger import ledger
 from robustclip.study.planning import plan
 from robustclip.study.provenance import digests, versions
 from robustclip.study.reported import named, reported, reported_papers
-from robustclip.study.scales import Scale, main_source, parse_eps, scale, scale_names
-from robustclip.study.shipped import shipped_folder
+from robustclip.study.scales import EVIDENCE, Scale, main_source, parse_eps, scale, scale_names
+from robustclip.study.shipped import facts_of, shipped_folder
 from robustclip.study.statistics import (
     Estimate,
     hierarchical,
@@ -45,11 +46,11 @@ from robustclip.study.trained import (
 )
 
 __all__ = [
-    "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Soup", "Store", "Tuned", "Verdict",
-    "artifact", "audit_cell", "averages", "confirm", "digests", "evaluate", "export", "fine_tuned", "grid",
-    "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "ledger", "look_up", "macro",
-    "main_source", "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds", "paired_difference",
-    "parse_eps", "plan", "plan_training", "played_shots", "reference", "reported", "reported_papers", "reproduce",
-    "room", "scale", "scale_names", "shipped_folder", "shipped_verdicts", "training_facts", "tuned_by_shots",
-    "verdict_table", "verdicts_by_scale", "versions", "wilson",
+    "EVIDENCE", "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Soup", "Store", "Tuned", "Verdict",
+    "above", "artifact", "audit_cell", "averages", "beside", "confirm", "digests", "evaluate", "export", "facts_of",
+    "fine_tuned", "grid", "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "ledger",
+    "look_up", "macro", "main_source", "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds",
+    "paired_difference", "parse_eps", "plan", "plan_training", "played_shots", "reference", "reported",
+    "reported_papers", "reproduce", "room", "scale", "scale_names", "shipped_folder", "shipped_verdicts",
+    "training_facts", "tuned_by_shots", "verdict_table", "verdicts_by_scale", "versions", "wilson",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from robustclip.checks import check_choice
+from robustclip.study.scales import EVIDENCE
 from robustclip.study.shipped import shipped_folder
 from robustclip.study.statistics import Estimate, Z
 from robustclip.study.store import Store, Where, write_whole
@@ -249,7 +250,7 @@ def shipped_verdicts(scale: str, part: str) -> pd.DataFrame:
 
 
 def verdicts_by_scale(
-    found: pd.DataFrame, scale: str, page: str, others: Sequence[str] = ("photo", "full")
+    found: pd.DataFrame, scale: str, page: str, others: Sequence[str] = EVIDENCE
 ) -> dict[str, pd.DataFrame]:
     """What a page found at every scale: what is shipped of the others, and `found` at this one."""
     part, _, name = page.partition("/")

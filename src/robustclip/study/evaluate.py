@@ -78,19 +78,23 @@ def look_up(cells: Iterable[Cell], store: Where = None, device: str = "auto") ->
 
 
 class _Reader(Bench):
-    """A bench that measures nothing, so that no weight moves: each model is fingerprinted once."""
+    """A bench that measures nothing, so that no weight moves: what names a model is found out once."""
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
-        self._digests: dict[tuple[str, Any], str] = {}
+        self._digests: dict[tuple[str, Any], tuple[Any, str | None]] = {}  # with the model, which has to live as long
 
     def digest(self, cell: Cell) -> str:
         """What names the cell's weights."""
-        if hasattr(cell.spec, "identity"):  # which remembers it
-            return super().digest(cell)
-        if (place := (cell.scale.name, cell.spec)) not in self._digests:
-            self._digests[place] = super().digest(cell)
-        return self._digests[place]
+        place = cell.scale.name, cell.spec if isinstance(cell.spec, str) else id(cell.spec)
+        if place not in self._digests:
+            try:
+                self._digests[place] = cell.spec, super().digest(cell)
+            except FileNotFoundError:
+                self._digests[place] = cell.spec, None
+        if (found := self._digests[place][1]) is None:
+            raise FileNotFoundError(f"nothing is shipped of the model {cell.model!r} nor of what made it")
+        return found
 
 
 def _known(cell: Cell, key: str, code: dict, files: CellFiles, fresh: bool = False) -> tuple[dict, str, bool] | None:

@@ -23,6 +23,7 @@ from robustclip.study.named import NAMES, named_attack, named_defense
 from robustclip.training.named import named_recipe
 from robustclip.training.recipes import Recipe
 
+EVIDENCE = ("photo", "full")  # scales whose shipped results stand beside a run, the weightiest first
 WORLDS = ("tinyworld", "photo", "paper")  # drawings, photographs, the papers' own sets
 
 

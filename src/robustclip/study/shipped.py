@@ -23,8 +23,10 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
+from robustclip.data.sources import facts as data_facts
 from robustclip.files import write_whole
 from robustclip.study.provenance import ROOT
+from robustclip.study.scales import Scale
 from robustclip.study.store import Store, digest_of
 
 CELLS, MODELS, ARTIFACTS, KNOWN, CONFIRMED = (
@@ -67,7 +69,7 @@ def shipped_records(scale: str) -> list[dict]:
 def shipped_models(scale: str) -> pd.DataFrame:
     """What the training of the scale's models took: the facts of `training.json`, one row each."""
     path = _file(scale, MODELS)
-    return pd.DataFrame([json.loads(text) for text in parquet.read_table(path)["facts"].to_pylist()] if path else [])
+    return pd.DataFrame(_models(path, path.stat().st_mtime_ns) if path else [])
 
 
 def shipped_arrays(scale: str, key: str) -> dict[str, np.ndarray] | None:
@@ -90,6 +92,17 @@ def known(scale: str) -> dict[str, dict]:
     return _json_of(path, path.stat().st_mtime_ns) if path else {"data": {}, "models": {}}
 
 
+def facts_of(scale: Scale, role: str) -> dict:
+    """What names the images of a role at a scale, as `data.sources.facts` tells; as shipped if they are not here."""
+    try:
+        return data_facts(role, scale.source)
+    except FileNotFoundError:
+        shipped_facts = known(scale.name)["data"]
+        if (place := f"{role}/{scale.source}") not in shipped_facts:
+            raise
+        return shipped_facts[place]
+
+
 def confirmed(scale: str) -> dict[str, dict[str, dict]]:
     """Component -> old digest -> the new one that gives equal answers, and how that was found out."""
     path = _file(scale, CONFIRMED)
@@ -100,6 +113,12 @@ def confirmed(scale: str) -> dict[str, dict[str, dict]]:
 def _json_of(path: Path, changed: int) -> dict:
     """What a JSON file holds, not to be changed by who reads it; `changed` makes a new file a new one."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=4)
+def _models(path: Path, changed: int) -> list[dict]:
+    """The facts of every model of a file, not to be changed by who reads them."""
+    return [json.loads(text) for text in parquet.read_table(path)["facts"].to_pylist()]
 
 
 @lru_cache(maxsize=4)
