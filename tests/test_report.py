@@ -716,6 +716,8 @@ def test_forest_draws_printed_and_measured_effects():
     assert spans == [[7.0, 11.0], [-5.0, -1.0]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["printed", "measured"]
     assert "(scale: full)" in figure.get_suptitle()
+    alone = report.forest(rows.assign(claim=rows["id"], printed=np.nan, scale="full"))
+    assert [text.get_text() for text in alone.legends[0].get_texts()] == ["measured"]
 
 
 def test_show_keeps_any_picture_small():

@@ -235,7 +235,8 @@ def forest(frame: pd.DataFrame, unit: str = "gain in accuracy (points)", title: 
         figure = Figure(figsize=(6.4, 1.3 + 0.23 * (len(places) + len(heads))))
         axis, ends = figure.subplots(), [frame["value"] - frame["low"], frame["high"] - frame["value"]]
         axis.errorbar(frame["value"], places, xerr=ends, fmt="o", color=COLORS[0], capsize=2, label="measured")
-        axis.plot(frame["printed"], places, "D", color=COLORS[1], mfc="none", label="printed")
+        if frame["printed"].notna().any():
+            axis.plot(frame["printed"], places, "D", color=COLORS[1], mfc="none", label="printed")
         axis.axvline(0, color="0.3", linewidth=0.8)
         axis.set_yticks([*places, *heads], [*frame["what"], *heads.index])
         for tick in axis.get_yticklabels()[len(places) :]:
