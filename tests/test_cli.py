@@ -45,7 +45,7 @@ def test_help_is_quick_and_teaches():
     assert "robustclip run --role cifar10 --role imagenet --attack clean --attack PGD-20" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "audit", "plan", "export", "reproduce", "status"])
+@pytest.mark.parametrize("command", ["run", "audit", "plan", "leaderboard", "export", "reproduce", "status"])
 def test_every_command_explains_itself(call, command):
     done = call(command, "--help")
     assert done.exit_code == 0
