@@ -84,7 +84,7 @@ class Tuned(os.PathLike):
         try:
             base, data = _base(self.base, self.device), facts(self.role, self.source, "train")
         except FileNotFoundError:
-            if (known := self._shipped("recipe", "role")) is None:  # stages on the way change no weight
+            if (known := self._shipped("recipe", "role", "stages")) is None:
                 raise
             made = known["identity"]
         else:
