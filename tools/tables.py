@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT, MARGIN = 11.69, 8.27, 0.5  # inches of A4, landscape
 LARGEST, SMALLEST = 9.0, 4.0  # points
 LETTER, LINE = 0.6, 1.25  # width of a letter and distance of lines, in font sizes
+ABSENT = str.maketrans("ℓ", "l")  # letters that the font of the tables lacks
 CELL = 30  # letters of a column before its text goes on below
 Table = tuple[str, list[list[str]]]  # caption; rows of places, the first of which are heads
 
@@ -30,7 +31,7 @@ def tables_of(notebook: Path) -> Iterator[Table]:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "robustclip-table" in data.get("text/html", ""):
-                yield from parsed(data["text/plain"])
+                yield from parsed(data["text/plain"].translate(ABSENT))
 
 
 def parsed(text: str) -> Iterator[Table]:
