@@ -13,7 +13,6 @@ from robustclip.study import headline, leaderboard
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- headline: written by `make headline` -->", "<!-- end of the headline -->"
 PICTURE, CARD = ROOT / "book" / "_static" / "headline.svg", ROOT / "book" / "_static" / "card.png"
-WORLDS = ("photo", "full")
 WIDTH, HEIGHT = 12.0, 6.3  # inches of the card, at 100 dots each
 
 
@@ -33,7 +32,7 @@ def written(text: str, told: str) -> str:
 
 def main() -> None:
     """Compute and write all of it; with --check say whether the README is as it would be written."""
-    boards = {name: leaderboard.rows(study.scale(name)) for name in WORLDS}
+    boards = {name: leaderboard.rows(study.scale(name)) for name in study.EVIDENCE}
     spoken = "What blind attackers leave of the best models and defenses, and what all attackers together leave"
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf8")

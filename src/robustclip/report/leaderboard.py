@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from robustclip.report.figures import COLORS, style
 from robustclip.report.tables import Field, HtmlTable
 from robustclip.report.words import MISSING, WORLDS
+from robustclip.study.leaderboard import called
 
 HEADS = {  # of columns with numbers
     "clean": "clean", "blind": "blind PGD-10", "autoattack": "AutoAttack", "aware": "aware", "worst": "worst case",
@@ -48,11 +49,6 @@ def drops(boards: Mapping[str, pd.DataFrame], top: int = 12) -> Figure:
     return figure
 
 
-def entry(model: str, defense: str) -> str:
-    """An entry in words."""
-    return model if defense == "none" else f"{model} + {defense}"
-
-
 def _drops_of(axis: Axes, frame: pd.DataFrame, title: str) -> None:
     """One panel: blind and worst case of each entry, a line between them."""
     for place, one in enumerate(frame.to_dict("records")):
@@ -61,7 +57,7 @@ def _drops_of(axis: Axes, frame: pd.DataFrame, title: str) -> None:
         axis.plot(ends, [place] * 2, "-", color=COLORS[0], marker="", linewidth=1)
         axis.plot(one["blind"], place, "s", color=COLORS[1], ms=5, label="blind PGD-10" * (not place))
         axis.plot(one["worst"], place, "D", color=COLORS[0], ms=5, label="worst case" * (not place))
-    labels = [entry(one.model, one.defense) + " ⚑" * bool(one.doubts) for one in frame.itertuples()]
+    labels = [called(one.model, one.defense) + " ⚑" * bool(one.doubts) for one in frame.itertuples()]
     axis.set_yticks(range(len(frame)), labels)
     axis.set(xlim=(-3, 103), ylim=(len(frame) - 0.4, -0.6), xlabel="accuracy (%)", title=title)
     axis.grid(False, axis="y")

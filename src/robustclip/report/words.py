@@ -6,8 +6,9 @@ import pandas as pd
 
 from robustclip import attacks
 from robustclip.checks import check_choice
+from robustclip.study.ledger import DUE as DUE
 
-MISSING, DUE, STALE, FLAGGED = "–", "due", "†", "⚑"
+MISSING, STALE, FLAGGED = "–", "†", "⚑"
 UNITS = {"accuracy": "accuracy (%)", "eps": "perturbation radius eps (1/255)", "steps": "attack steps", "n": "images"}
 UNITS |= {"seconds": "time (s)", "forward": "images forward", "backward": "images backward"}
 KNOWS = {"blind": "blind (sees only the undefended model)", "aware": "aware (sees the defended model)"}

@@ -244,7 +244,7 @@ def against(entry: Entry, attack: str) -> tuple[Estimate, Estimate, Estimate]:
 def said(frame: pd.DataFrame, place: int, entry: Entry, attack: str = "") -> list[str]:
     """What a board says of one of its entries: where it stands, why that may be too good, what the own attack adds."""
     one, count = frame.iloc[place], frame["rank"].notna().sum()
-    name = f"{entry.model} + {entry.defense}" if entry.made else entry.model
+    name = leaderboard.called(entry.model, entry.defense)
     stands = (
         f"has rank {one['rank']} of {count}" if pd.notna(one["rank"]) else f"has no rank beside {count} that have one"
     )

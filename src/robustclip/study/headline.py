@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from robustclip.study.claims import Verdict
 from robustclip.study.ledger import DUE, ledger
 
 KEEPS = 5.0  # points over CLIP alone that we call something
 AMONG = {"photo": "on photographs", "full": "in Tinyworld", "quick": "in Tinyworld, a small run"}
-WORDS = ("supported", "mixed", "contradicted", "open", "outside this world", DUE)
+WORDS = (*map(str, Verdict), DUE)
 
 
 def sentences(boards: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -81,7 +82,7 @@ def best(board: pd.DataFrame, among: str) -> str:
 
 def agreement(claims: pd.DataFrame) -> str:
     """On how many claims that both worlds can test they say the same word."""
-    told = claims[~claims["verdict"].isin([DUE, "outside this world"])]
+    told = claims[~claims["verdict"].isin([DUE, str(Verdict.OUTSIDE)])]
     both = told.pivot_table(index="id", columns="scale", values="verdict", aggfunc="first").dropna()
     if both.shape[1] != 2 or both.empty:
         return ""

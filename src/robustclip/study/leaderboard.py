@@ -198,6 +198,11 @@ def row(entry: Entry) -> dict[str, Any]:
     return told | {"doubts": ", ".join(why), "unreliable": "; ".join(why.values()), **in_print(entry)}
 
 
+def called(model: str, defense: str) -> str:
+    """An entry in words."""
+    return model if defense == "none" else f"{model} + {defense}"
+
+
 def ranked(lines: Iterable[dict]) -> pd.DataFrame:
     """The lines by worst case, best first; those without one behind all others, without a rank."""
     frame = pd.DataFrame(list(lines))

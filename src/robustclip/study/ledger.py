@@ -7,7 +7,8 @@ from importlib.resources import files
 
 import pandas as pd
 
-from robustclip.study.claims import ENDS, kept_verdicts, shipped_verdicts, summed
+from robustclip.study.claims import ENDS, Verdict, kept_verdicts, shipped_verdicts, summed
+from robustclip.study.scales import EVIDENCE
 
 DUE = "due"
 PARTS = {  # parts of the book with verdicts -> folders of their pages
@@ -31,7 +32,7 @@ def known_claims() -> dict[str, dict]:
     return {name: {"paper": paper} | facts for paper, claims in told.items() for name, facts in claims.items()}
 
 
-def ledger(scales: Sequence[str] = ("photo", "full")) -> pd.DataFrame:
+def ledger(scales: Sequence[str] = EVIDENCE) -> pd.DataFrame:
     """One row per claim and scale: what was said, where, and the verdict with its counts and effects.
 
     Verdicts are the shipped ones; of pages that ship none, those that they found here. A claim without a verdict is
@@ -111,5 +112,5 @@ def _claim(key: tuple[str, str], told: dict) -> dict:
 
 def _missing(claim: dict) -> dict:
     """The verdict on what no page has judged: due, or outside this world where the file says why none is to."""
-    word = "outside this world" if claim["why"] and not claim["page"] else DUE
+    word = str(Verdict.OUTSIDE) if claim["why"] and not claim["page"] else DUE
     return {"verdict": word, "note": claim["why"], **dict.fromkeys(("agree", "contradict", "open", "outside"), 0)}
