@@ -42,6 +42,13 @@ Images = Annotated[int | None, typer.Option("--n", help="Images per role [defaul
 Shard = Annotated[str, typer.Option(help="Part i of n of the cells, like 2/4, to split a grid by hand.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Folder = Annotated[Path | None, typer.Option("--store", help="Folder of results [default: ROBUSTCLIP_RUNS, or runs].")]
+Executor = Annotated[str | None, typer.Option(help="Send jobs to slurm, or try it with local [default: do it here].")]
+Jobs = Annotated[int, typer.Option(help="With an executor: into how many jobs to divide the work, at most.")]
+Partition = Annotated[str | None, typer.Option(help="Of Slurm; account and QOS come from SBATCH_ACCOUNT, SBATCH_QOS.")]
+Minutes = Annotated[int, typer.Option(help="With an executor: time limit of a job, which is then requeued.")]
+Gpus = Annotated[int, typer.Option(help="With an executor: GPUs of a job; several train one model together.")]
+Cpus = Annotated[int, typer.Option(help="With an executor: processor cores of a job.")]
+SENT = ("executor", "jobs", "partition", "minutes", "gpus", "cpus")
 Machine = Annotated[bool, typer.Option("--json", help="Machine-readable on standard output.")]
 
 
@@ -98,12 +105,47 @@ def _records(frame: "pd.DataFrame") -> list[dict]:
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
+def _divided(context: typer.Context, most: int) -> list[dict]:
+    """The parts of the work, `most` at most, as a job each gets them."""
+    if context.params["shard"] != "1/1":
+        raise ValueError("--shard and --executor both divide the work; give one of them")
+    parts = min(context.params["jobs"], most)
+    return [{"shard": f"{part}/{parts}"} for part in range(1, parts + 1)]
+
+
+def _send(context: typer.Context, changes: list[dict]) -> None:
+    """Give the cluster the command that is running, once per change of its options."""
+    from robustclip import cluster, study
+
+    with _exit_code(2):
+        resources = cluster.Resources(**{name: context.params[name] for name in SENT if name in context.params})
+    with _exit_code(1):
+        commands, root = [_again(context, change) for change in changes], study.Store(context.params["store"]).root
+        numbers = cluster.submit(commands, resources, root)
+    typer.echo(f"{len(numbers)} jobs sent, {numbers[0]} to {numbers[-1]}; `robustclip status` shows how they fare.")
+    typer.echo("When they are done, the same command without --executor shows what they found and does what is left.")
+
+
+def _again(context: typer.Context, change: dict) -> list[str]:
+    """The words of the running command with some options changed and without those that send it to a cluster."""
+    words = [context.info_name or ""]
+    for option in context.command.params:
+        value = change.get(option.name, context.params[option.name])
+        if option.name in SENT or value in (None, False, [], ()):
+            continue
+        several = value if isinstance(value, list | tuple) else [value]
+        words += [option.opts[0]] if value is True else [word for one in several for word in (option.opts[0], str(one))]
+    return words
+
+
 @app.command()
 def run(
-    scale: Scale = "quick", model: Models = ("clip",), role: Roles = None, attack: Attacks = ("clean", "PGD-100"),
-    attacker: Attackers = ("blind",), defense: Defenses = ("none",), eps: Budgets = None, seed: Seeds = (0,),
-    n: Images = None, shard: Shard = "1/1", device: Device = "auto", batch_size: Batch = None, audit: Audited = 0,
-    store: Folder = None, as_json: Machine = False,
+    context: typer.Context, scale: Scale = "quick", model: Models = ("clip",), role: Roles = None,
+    attack: Attacks = ("clean", "PGD-100"), attacker: Attackers = ("blind",), defense: Defenses = ("none",),
+    eps: Budgets = None, seed: Seeds = (0,), n: Images = None, shard: Shard = "1/1", device: Device = "auto",
+    batch_size: Batch = None, audit: Audited = 0, store: Folder = None, as_json: Machine = False,
+    executor: Executor = None, jobs: Jobs = 8, partition: Partition = None, minutes: Minutes = 240, gpus: Gpus = 0,
+    cpus: Cpus = 1,
 ) -> None:  # fmt: skip
     """Measure all combinations of the options and print accuracies with 95 % intervals.
 
@@ -114,11 +156,15 @@ def run(
     robustclip run --role cifar10 --attack PGD-100 --eps 2/255 --eps 4/255 --n 1000
     robustclip run --role cifar10 --defense TTC --attack PGD-10:last --attack aware --attacker blind --attacker aware
     robustclip run --scale full --shard 1/2 & robustclip run --scale full --shard 2/2
+    robustclip run --scale paper --executor slurm --jobs 20 --partition gpu --gpus 1
     """
     with _exit_code(2):
         options = {"roles": role, "attacks": attack, "attackers": attacker, "eps": eps, "seeds": seed, "n": n}
         options["defenses"] = defense
-        cells = _select(scale, model, shard, device, **options)
+        cells = _select(scale, model, shard, "cpu" if executor else device, **options)
+        parts = _divided(context, len(cells)) if executor else []
+    if executor:
+        return _send(context, parts)
     from robustclip.study import evaluate
 
     with _exit_code(1):
@@ -174,6 +220,7 @@ def audit(
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: Recipes,
     scale: Scale = "quick",
     role: Annotated[str, typer.Option(help="The data set to learn from, by its role.")] = "cifar10",
@@ -184,16 +231,22 @@ def train(
     device: Device = "auto",
     store: Folder = None,
     as_json: Machine = False,
+    executor: Executor = None,
+    partition: Partition = None,
+    minutes: Minutes = 240,
+    gpus: Gpus = 0,
+    cpus: Cpus = 1,
 ) -> None:
     """Fine-tune the scale's CLIP and print the folders of the models, which --model takes.
 
     Models that the store holds are not trained again; an interrupted run goes on. With torchrun, several processes
-    share every batch.
+    share every batch. An executor gets one job for each recipe and number of pictures.
 
     \b
     robustclip train --recipe TeCoA --recipe MMCoA --role cifar100
     robustclip train --scale full --recipe MMCoA --role imagenet --shots 5
     torchrun --nproc-per-node 2 --no-python robustclip train --scale full --recipe MMCoA
+    robustclip train --scale paper --recipe TeCoA --recipe MMCoA --executor slurm --gpus 8
     """
     from robustclip import study
     from robustclip.training.parallel import joined, world
@@ -202,6 +255,8 @@ def train(
         chosen = study.scale(scale)
         for name in recipe:
             chosen.recipe(name, seed=seed)
+    if executor:
+        return _send(context, [{"recipe": [name], "shots": some} for name in recipe for some in shots or [None]])
     with _exit_code(1), joined():
         models = study.fine_tuned(chosen, recipe, role, shots or [None], seed, store, device)
         found = {name: str(model.folder()) for name, model in models.items()}
@@ -327,9 +382,10 @@ def export(
 
 @app.command()
 def reproduce(
-    scale: Scale = "full", shard: Shard = "1/1", store: Folder = None, device: Device = "auto",
+    context: typer.Context, scale: Scale = "full", shard: Shard = "1/1", store: Folder = None, device: Device = "auto",
     sample: Annotated[int | None, typer.Option(min=1, help="Only so many cells, by lot.")] = None,
-    as_json: Machine = False,
+    as_json: Machine = False, executor: Executor = None, jobs: Jobs = 8, partition: Partition = None,
+    minutes: Minutes = 240, gpus: Gpus = 0, cpus: Cpus = 1,
 ) -> None:  # fmt: skip
     """Measure exactly the shipped cells of a scale again and compare every answer; exit code 1 if one differs.
 
@@ -343,6 +399,9 @@ def reproduce(
 
     with _exit_code(2):
         name, parts = _name(scale), _shard(shard)
+        divided = _divided(context, jobs) if executor else []
+    if executor:
+        return _send(context, divided)
     with _exit_code(1):
         found = study.reproduce(name, parts, store, device, sample)
     _differ(found, found["flips"], as_json, "cells measured again")
@@ -396,20 +455,24 @@ def status(
     clean: Annotated[bool, typer.Option("--clean", help="Remove temporary files of killed processes.")] = False,
     as_json: Machine = False,
 ) -> None:
-    """List what the store holds: results that are done, stale (of other code), partial or corrupt; and versions."""
-    from robustclip import study
+    """List what the store holds: results that are done, stale (of other code), partial or corrupt; jobs; versions."""
+    from robustclip import cluster, study
 
     found = study.Store(store)
     removed = found.clean() if clean else 0
     files, about = found.status(study.is_stale), {"store": str(found.root), **study.versions()}
+    jobs = cluster.job_table(found.root)
     if as_json:
-        typer.echo(json.dumps(about | {"files": _records(files)}, indent=1))
+        typer.echo(json.dumps(about | {"files": _records(files), "jobs": _records(jobs)}, indent=1))
         return
     typer.echo("  ".join(f"{name} {value}" for name, value in about.items()))
     if files.empty:
         typer.echo("The store is empty; measure something with `robustclip run --role cifar10`.")
     for (scale, state), group in files.groupby(["scale", "state"]):
         typer.echo(f"{scale}: {len(group)} {state}")
+    for state, group in jobs.groupby("state"):
+        where = f"; read {group['log'].iloc[-1]}" if state in ("failed", "lost") else ""
+        typer.echo(f"jobs: {len(group)} {state} ({group['job'].iloc[0]} to {group['job'].iloc[-1]}){where}")
     typer.echo("\n".join([*filter(None, files["problem"]), *[f"{removed} leftovers removed"] * bool(removed)]))
 
 
@@ -431,3 +494,7 @@ def _options(
 def main() -> None:
     """Entry point of the `robustclip` command."""
     app(prog_name="robustclip")
+
+
+if __name__ == "__main__":
+    main()
