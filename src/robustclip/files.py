@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from robustclip.checks import check_folder
@@ -59,6 +60,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             time.sleep(0.2)
             held = _lock(file.fileno())
         yield held
+
+
+def changing(folder: Path) -> AbstractContextManager[bool]:
+    """Hold a folder that is read, merged and written; the lock lies with the machine's temporary files."""
+    name = hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
+    return locked(Path(tempfile.gettempdir()) / "robustclip-locks" / name)
 
 
 def _lock(descriptor: int) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from robustclip.checks import check_folder
 from robustclip.component import identity
 from robustclip.data.sources import facts as data_facts
-from robustclip.files import write_whole
+from robustclip.files import changing, write_whole
 from robustclip.progress import progress
 from robustclip.study import shipped as files
 from robustclip.study.bench import TRAINED
@@ -60,8 +60,13 @@ def export(
     Of each cell the newest record counts; `fresh` forgets what is shipped. Returns one row per file: what it holds, how
     much of it, its bytes.
     """
-    stores = [Store(one) for one in stores]
     target = Path(folder or files.destination()) / scale
+    with changing(target):
+        return _merge(scale, [Store(one) for one in stores], target, fresh)
+
+
+def _merge(scale: str, stores: Sequence[Store], target: Path, fresh: bool) -> pd.DataFrame:
+    """`export`, while nobody else changes the folder."""
     old = [] if fresh else files.shipped_records(scale)
     cells = list(files.merged(stores, scale, old).values())
     trained = [] if fresh else files.shipped_models(scale).to_dict("records")
@@ -176,10 +181,12 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
     rows = [_row(change, [flips[record["key"]] for record in records]) for change, records in evidence.items()]
     rows += [_row(change, retraced) for change, retraced in _retraced(scale, changes).items()]
     found = pd.DataFrame(rows, columns=["component", "old", "new", "cells", "flips", "confirmed"])
-    maps, date = deepcopy(files.confirmed(scale)), datetime.now(UTC).isoformat(timespec="seconds")
-    for row in found[found["confirmed"]].itertuples():
-        maps.setdefault(row.component, {})[row.old] = {"new": row.new, "checked": row.cells, "date": date}
-    files.write_json(Path(folder or files.destination()) / scale, files.CONFIRMED, maps)
+    target, date = Path(folder or files.destination()) / scale, datetime.now(UTC).isoformat(timespec="seconds")
+    with changing(target):
+        maps = deepcopy(files.confirmed(scale))
+        for row in found[found["confirmed"]].itertuples():
+            maps.setdefault(row.component, {})[row.old] = {"new": row.new, "checked": row.cells, "date": date}
+        files.write_json(target, files.CONFIRMED, maps)
     return found
 
 

@@ -23,6 +23,16 @@ from robustclip.study.named import NAMES, named_attack, named_defense
 from robustclip.training.named import named_recipe
 from robustclip.training.recipes import Recipe
 
+KINDS = {  # of the values of a scale file, and how to say them
+    "source": (str, "a text"), "world": (str, "a text"), "precision": (str, "a text"),
+    "reference_eps": ((str, int, float), "a number, or a text like 8/255"), "assumed_speed": ((int, float), "a number"),
+    "images": (int, "a whole number"), "batch_size": (int, "a whole number"), "seeds": (int, "a whole number"),
+    "recompute_stale": (bool, "true or false"), "roles": (list, "a list of texts"),
+    "models": (dict, "a table of texts"), "role_images": (dict, "a table of whole numbers"),
+    "steps": (dict, "a table of whole numbers"), "sizes": (dict, "a table of whole numbers"),
+    "defenses": (dict, "a table of numbers"), "training": (dict, "a table of settings"),
+}  # fmt: skip
+INSIDE = {"models": str, "roles": str, "role_images": int, "steps": int, "sizes": int, "defenses": (int, float)}
 EVIDENCE = ("photo", "full")  # scales whose shipped results stand beside a run, the weightiest first
 WORLDS = ("tinyworld", "photo", "paper")  # drawings, photographs, the papers' own sets
 
@@ -173,6 +183,15 @@ def _missing(world: str) -> dict[str, str]:
     return {name: why for name, why in found.items() if why}
 
 
+def _check_kind(scale: str, key: str, value: Any) -> None:
+    """A value of a scale file has to be what it is for: a number where a number is read."""
+    kind, said = KINDS[key]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    kinds = [(value, kind), *[(one, INSIDE[key]) for one in inside if key in INSIDE]]
+    if not all(isinstance(one, kind) and (kind is bool or not isinstance(one, bool)) for one, kind in kinds):
+        raise ValueError(f"{key}={str(value)[:60]} of scale {scale!r} is not allowed; write {said}")
+
+
 def _read(text: str, name: str, file: str = "") -> Scale:
     """Build a scale from TOML; a missing or unknown key is named."""
     try:
@@ -185,6 +204,8 @@ def _read(text: str, name: str, file: str = "") -> Scale:
     if wrong := needed ^ (table.keys() - optional):
         raise ValueError(f"scale {name!r} has wrong keys ({', '.join(sorted(wrong))} missing or unknown); it needs "
                          f"{', '.join(sorted(needed))} and may have {', '.join(sorted(optional))}")  # fmt: skip
+    for key, value in table.items():
+        _check_kind(name, key, value)
     world = table.pop("world", WORLDS[0])
     roles = table.pop("roles", [one for one in role_names() if one not in _missing(world)])
     eps = parse_eps(table.pop("reference_eps"))
