@@ -8,12 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from robustclip import models
 from robustclip.audit import CHECKS
 from robustclip.cli import app
 from robustclip.study import Store, grid, plan
+from robustclip.training.named import RECIPES
 
 SMALL = """
 source = "tinyworld"
@@ -274,22 +275,36 @@ def test_wrong_training_is_one_line(call, tmp_path, arguments, code, message):
     assert done.stdout == ""
 
 
-def test_torchrun_trains_the_model_of_one_process(call, tmp_path):
+def tensors(folder):
+    """All weights of a model's folder, prompts included."""
+    return {name: value.float() for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def apart(ours, theirs):
+    """The distance between two models."""
+    return sum((ours[name] - theirs[name]).square().sum().item() for name in ours) ** 0.5
+
+
+def test_torchrun_trains_the_models_of_one_process(call, tmp_path):
     """As the help says; with one step of plain descent and no step of the attack only the order of sums differs."""
-    (tmp_path / "small.toml").write_text(SMALL + TRAINING)
-    options = ["--scale", "small.toml", "--recipe", "TeCoA", "--recipe", "MMCoA", "--json", "--device", "cpu"]
+    for name, rate in (("small", "1e-3"), ("still", "1e-12")):
+        training = TRAINING.replace("rate = 1e-3", f'rate = {rate}\nschedule = "constant"')
+        (tmp_path / f"{name}.toml").write_text(SMALL + training)
+    kinds = {kind: name for name, (kind, _) in reversed(RECIPES.items())}  # the first name of each
+    options = [word for name in [*kinds.values(), "TeCoA-both"] for word in ("--recipe", name)]
+    options += ["--json", "--device", "cpu"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)}
-    both = subprocess.run([*torchrun, "robustclip", "train", *options, "--store", "both"], capture_output=True,
-                          text=True, cwd=tmp_path, timeout=300, env=environment)  # fmt: skip
+    command = [*torchrun, "robustclip", "train", "--scale", "small.toml", *options, "--store", "both"]
+    both = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
     assert both.returncode == 0, both.stderr
-    alone = json.loads(call("train", *options, "--store", "alone").stdout)
-    start = models.load(device="cpu").network.state_dict()
-    for name, folder in json.loads(both.stdout).items():
-        ours, theirs = (models.load(tmp_path / one, device="cpu").network.state_dict() for one in (alone[name], folder))
-        moved = sum((ours[key] - start[key]).float().norm() ** 2 for key in ours) ** 0.5
-        apart = sum((ours[key] - theirs[key]).float().norm() ** 2 for key in ours) ** 0.5
-        assert 0 < apart + 1e-12 < 1e-3 * moved
+    both = json.loads(both.stdout)
+    alone, still = (json.loads(call("train", "--scale", f"{scale}.toml", *options, "--store", scale).stdout)
+                    for scale in ("small", "still"))  # fmt: skip
+    assert len(both) == len(kinds) + 1
+    for name in both:
+        theirs, ours, start = (tensors(tmp_path / found[name]) for found in (both, alone, still))
+        assert 0 < apart(ours, theirs) + 1e-12 < 1e-3 * apart(ours, start), name
 
 
 def test_plan_of_fine_tuning(call, tmp_path):

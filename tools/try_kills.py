@@ -1,8 +1,8 @@
 """Kill processes that share a store and a folder of results, again and again, and see what is lost, torn or done twice.
 
-Four processes at a time run the same command - run, train, export, confirm - and are killed (SIGKILL) at random moments;
-then it runs to its end once. What is there then is compared with what one process makes that nobody disturbs. Writes
-benchmarks/results/kills.json.
+Four processes at a time run the same command - run, train, export, confirm - and are killed (SIGKILL) at random
+moments; then it runs to its end once. What is there then is compared with what one process makes that nobody disturbs.
+Writes benchmarks/results/kills.json.
 """
 
 import argparse
