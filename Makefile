@@ -10,7 +10,7 @@ STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum |
 HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3'
 
 .DEFAULT_GOAL := help
-.PHONY: help book notebooks tables headline test lint format serve reproduce models export bench linkcheck lock clean
+.PHONY: help book notebooks tables headline test lint format serve reproduce models export bench gpu linkcheck lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ export: $(STAMP) ## Write what was measured to results, from where it is shipped
 
 bench: $(STAMP) ## Time our attacks and their rivals side by side, to benchmarks/results (ONLY=image|text|attacks|defenses)
 	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY))
+
+gpu: $(STAMP) ## On a GPU: parity with the CPU, throughput, memory, to benchmarks/results/gpu.json; about 8 minutes at most
+	@$(BIN)/python benchmarks/gpu.py
 
 linkcheck: notebooks ## Check every link in the book (needs the network)
 	$(BIN)/jupyter-book build -q --builder linkcheck --path-output . _build/executed

@@ -117,8 +117,7 @@ def throughput(precision: str, device: str, batch: int, rounds: int) -> dict:
         classifier = random_vit(device)
         images, labels = own_predictions(classifier, batch, device)
         twin = fast_classifier(classifier, precision)
-        with FlopCounterMode(display=False) as counter:
-            gradient(twin, images, labels)
+        work = flops(twin, images, labels)
         timing = side_by_side(
             lambda: [gradient(twin, images, labels) for _ in range(10)],
             lambda: [gradient(classifier, images, labels) for _ in range(10)],
@@ -129,15 +128,23 @@ def throughput(precision: str, device: str, batch: int, rounds: int) -> dict:
         torch.set_float32_matmul_precision(allowed)
     row = timing.row(f"10 gradients, random ViT-B-32, {precision}, batch {batch}, {device}")
     rate = 10 / row["ours_seconds"]
-    share = counter.get_total_flops() * rate / peak
+    share = work * rate / peak
     note = f"{batch * rate:.0f} images x steps/s, {share:.0%} of {peak / 1e12:.3g} TFLOP/s, both in tf32 where float32"
     more = {"images_steps_per_second": batch * rate, "share_of_peak": share, "peak_flops": peak}
     return row | {"accuracy_ours": None, "accuracy_rival": None, "note": note} | more
 
 
-def matrix_peak(dtype: torch.dtype, device: str, rounds: int = 5) -> float:
-    """The most FLOP/s that a product of large square matrices reaches."""
-    side = 8192 if device == "cuda" else 2048
+def flops(classifier: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """The floating-point operations of one gradient with respect to the pixels."""
+    points = images.detach().requires_grad_()
+    with FlopCounterMode(display=False) as counter:  # which knows `backward`, but not `autograd.grad`
+        F.cross_entropy(classifier(points), labels, reduction="sum").backward()
+    return counter.get_total_flops()
+
+
+def matrix_peak(dtype: torch.dtype, device: str, rounds: int = 5, side: int = 0) -> float:
+    """The most FLOP/s that a product of large square matrices reaches; `side` 0 is the device's usual one."""
+    side = side or (8192 if device == "cuda" else 2048)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     repeats = 20 if device == "cuda" else 1
     spent = [seconds(lambda: [left @ right for _ in range(repeats)])[0] for _ in range(rounds + 1)]
