@@ -628,12 +628,11 @@ def test_sets_that_only_their_owners_hand_out(tmp_path, capsys):
 
 def test_download_from_the_hub(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: calls.append((name, options)))
+    monkeypatch.setattr("robustclip.hub.fetch_dataset", lambda *asked: calls.append(asked))
     to_parquet.download("cars", tmp_path)
-    (name, options), source = calls[0], DATASETS["cars"]
-    assert (name, options["revision"]) == ("tanganke/stanford_cars", source["revision"])
-    assert options["allow_patterns"] == ["data/train-*.parquet", "data/test-*.parquet"]
-    assert options["local_dir"] == tmp_path / source["folder"]
+    patterns = ["data/train-*.parquet", "data/test-*.parquet"]
+    place = "tanganke/stanford_cars", DATASETS["cars"]["revision"], patterns, tmp_path / DATASETS["cars"]["folder"]
+    assert calls == [place]
 
 
 def test_command(tmp_path, capsys):

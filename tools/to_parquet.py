@@ -22,6 +22,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import uuid
 import zipfile
@@ -30,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -40,6 +41,7 @@ from pyarrow import parquet
 
 import official
 from official import DATASETS
+from robustclip import hub
 from robustclip.checks import check_choice, check_folder
 from robustclip.data.loaders import fit, shuffled
 from robustclip.data.roles import SPLITS, role
@@ -172,11 +174,8 @@ def download(name: str, downloads: Path) -> None:
         raise ValueError(f"{name} is not fetched by this tool; get it from {source['site']} and put it into {place}")
     check_folder(downloads, 2 * role(name).paper["bytes"] / 1e6)  # what is fetched, and what it holds
     if "hub" in source:
-        from huggingface_hub import snapshot_download
-
         files = [source[split]["files"] for split in SPLITS if split in source]
-        place = {"revision": source["revision"], "local_dir": downloads / source["folder"]}
-        snapshot_download(source["hub"], repo_type="dataset", allow_patterns=files, **place)
+        hub.fetch_dataset(source["hub"], source["revision"], files, downloads / source["folder"])
     else:
         paths = [fetch(archive, downloads) for archive in source["archives"]]
         unpack(paths, downloads / source.get("into", ""), source.get("inner"))
@@ -206,7 +205,13 @@ def fetch(archive: dict, folder: Path) -> Path:
         return path
     done = part.stat().st_size if part.exists() and expected else 0
     if not expected or done < expected:
-        _receive(url, part, done, expected)
+        try:
+            _receive(url, part, done, expected)
+        except urllib.error.HTTPError as error:
+            raise OSError(f"{url} answers {error.code} ({error.reason}); try again later, or get it by hand") from error
+        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:
+            why = getattr(error, "reason", error)
+            raise OSError(f"no connection to {url} ({why}); run the same command again to go on") from error
     size = part.stat().st_size
     if expected and size < expected:
         raise OSError(f"{url} broke off after {size} of {expected} bytes; run the same command again to go on")
@@ -235,10 +240,19 @@ def _receive(url: str, part: Path, done: int, expected: int | None) -> None:
         blocks, total = iter(lambda: answer.read(BLOCK), b""), expected and -(-expected // BLOCK)
         with part.open(mode) as file:
             for block in progress(blocks, part.stem, total, "MB"):
-                file.write(block)
+                _write_block(file, block)
                 if expected and file.tell() > expected:
                     file.truncate(0)
                     raise OSError(f"{url} is longer than {expected} bytes; it is another file")
+
+
+def _write_block(file: BinaryIO, block: bytes) -> None:
+    try:
+        file.write(block)
+        file.flush()
+    except OSError as error:
+        remedy = "make some room, then run the same command again to go on"
+        raise OSError(f"cannot write {file.name} ({error.strerror}); {remedy}") from error
 
 
 def unpack(archives: Sequence[Path], into: Path, inner: str | None = None) -> None:

@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
+    from robustclip import study
     from robustclip.study import Cell
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ Images = Annotated[int | None, typer.Option("--n", help="Images per role [defaul
 Shard = Annotated[str, typer.Option(help="Part i of n of the cells, like 2/4, to split a grid by hand.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Folder = Annotated[Path | None, typer.Option("--store", help="Folder of results [default: ROBUSTCLIP_RUNS, or runs].")]
+Gates = Annotated[bool, typer.Option("--gates/--no-gates", help="At scale paper, first meet what papers print.")]
 Machine = Annotated[bool, typer.Option("--json", help="Machine-readable on standard output.")]
 
 
@@ -103,11 +105,13 @@ def run(
     scale: Scale = "quick", model: Models = ("clip",), role: Roles = None, attack: Attacks = ("clean", "PGD-100"),
     attacker: Attackers = ("blind",), defense: Defenses = ("none",), eps: Budgets = None, seed: Seeds = (0,),
     n: Images = None, shard: Shard = "1/1", device: Device = "auto", batch_size: Batch = None, audit: Audited = 0,
-    store: Folder = None, as_json: Machine = False,
+    store: Folder = None, as_json: Machine = False, gated: Gates = True,
 ) -> None:  # fmt: skip
     """Measure all combinations of the options and print accuracies with 95 % intervals.
 
     Finished cells are taken from the store; an interrupted run goes on where it stopped: give the same command again.
+    What is missing is told before a model is fetched. At scale paper a run stops where undefended CLIP is far from
+    what papers print.
 
     \b
     robustclip run --role cifar10 --role imagenet --attack clean --attack PGD-20
@@ -119,9 +123,12 @@ def run(
         options = {"roles": role, "attacks": attack, "attackers": attacker, "eps": eps, "seeds": seed, "n": n}
         options["defenses"] = defense
         cells = _select(scale, model, shard, device, **options)
-    from robustclip.study import evaluate
+    from robustclip.study import evaluate, gates, preflight
 
     with _exit_code(1):
+        preflight.prepare(cells, store)
+        for finding in gates.hold(cells, store, device, batch_size) if gated else ():
+            typer.echo(str(finding), err=True)
         results = evaluate(cells, store, device, batch_size, audit)
     _show(
         results,
@@ -159,8 +166,10 @@ def audit(
         options |= {"attackers": [attacker], "defenses": [defense]}
         cells = _select(scale, [model], "1/1", device, **options)
     from robustclip import study
+    from robustclip.study import preflight
 
     with _exit_code(1):
+        preflight.prepare(cells, store)
         found = study.audit_cell(cells[0], store, device)
     if as_json:
         typer.echo(json.dumps({"flags": list(found.flags), "findings": _records(found.frame())}, indent=1))
@@ -196,6 +205,7 @@ def train(
     torchrun --nproc-per-node 2 --no-python robustclip train --scale full --recipe MMCoA
     """
     from robustclip import study
+    from robustclip.study import preflight
     from robustclip.training.parallel import joined, world
 
     with _exit_code(2):
@@ -203,6 +213,7 @@ def train(
         for name in recipe:
             chosen.recipe(name, seed=seed)
     with _exit_code(1), joined():
+        preflight.prepare_training(chosen, role, store)
         models = study.fine_tuned(chosen, recipe, role, shots or [None], seed, store, device)
         found = {name: str(model.folder()) for name, model in models.items()}
         if not world()[0]:
@@ -329,23 +340,56 @@ def export(
 def reproduce(
     scale: Scale = "full", shard: Shard = "1/1", store: Folder = None, device: Device = "auto",
     sample: Annotated[int | None, typer.Option(min=1, help="Only so many cells, by lot.")] = None,
-    as_json: Machine = False,
+    as_json: Machine = False, gated: Gates = True,
+    role: Annotated[list[str] | None, typer.Option("--role", help="At scale paper, only the gates on these.")] = None,
 ) -> None:  # fmt: skip
     """Measure exactly the shipped cells of a scale again and compare every answer; exit code 1 if one differs.
 
-    Results go to the store: a run that was stopped goes on where it was. `export` then ships the new ones.
+    Results go to the store: a run that was stopped goes on where it was. `export` then ships the new ones. At scale
+    paper, of which nothing is shipped, the gates are measured: numbers that papers print; exit code 1 if one fails,
+    at once unless --no-gates is given.
 
     \b
     robustclip reproduce --scale full
     robustclip reproduce --scale full --shard 1/2 & robustclip reproduce --scale full --shard 2/2
+    robustclip reproduce --scale paper --role pets --role flowers102
     """
     from robustclip import study
 
     with _exit_code(2):
         name, parts = _name(scale), _shard(shard)
+        if not study.shipped_records(name) and (chosen := study.scale(scale)).world == "paper":
+            return _printed(chosen, role, store, device, as_json, gated)
     with _exit_code(1):
         found = study.reproduce(name, parts, store, device, sample)
     _differ(found, found["flips"], as_json, "cells measured again")
+
+
+def _printed(scale: "study.Scale", roles: list[str] | None, store: Path | None, device: str, as_json: bool,
+             gated: bool) -> None:  # fmt: skip
+    """Measure the gates of a scale beside what is printed."""
+    import pandas as pd
+
+    from robustclip.study import gates, preflight
+
+    chosen = [(gate, gate.cells(scale)) for gate in gates.playable(scale, roles)]
+    if not chosen:
+        raise ValueError(f"no gate is on roles {roles or scale.roles}; give some of: {', '.join(gates.roles(scale))}")
+    with _exit_code(1):
+        preflight.prepare([cell for _, own in chosen for cell in own], store)
+        found = []
+        for gate, own in chosen:
+            found.append(gates.measured(gate, own, store, device))
+            if found[-1].verdict == "fails" and gated:
+                break
+    frame = pd.DataFrame([gates.row(one) for one in found])
+    typer.echo(json.dumps(_records(frame), indent=1) if as_json else frame.to_string(index=False, na_rep="?",
+               float_format="{:.2f}".format))  # fmt: skip
+    failed = [one for one in found if one.verdict == "fails"]
+    for one in failed:
+        typer.echo(f"error: {one}; usual causes: {gates.CAUSES}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
