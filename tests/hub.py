@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class Hub:
     folder: Path
     url: str = ""
     asked: list[tuple[str, str]] = field(default_factory=list)  # method and path
+    ranges: list[str] = field(default_factory=list)  # where a download went on, "bytes=100-"
     faults: dict[str, list[str | int]] = field(default_factory=dict)  # by the name of a file
     broken: int | None = None  # status of every answer to what repositories hold
 
@@ -74,6 +76,17 @@ def serving(folder: Path) -> Iterator[Hub]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -147,6 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Accept-Ranges": "bytes"} | (headers or {})
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked:
+            self.hub.ranges.append(asked[0])
             start, stop = int(asked[1]), int(asked[2] or len(content) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
             content = content[start:stop]

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -207,11 +207,8 @@ def fetch(archive: dict, folder: Path) -> Path:
     if not expected or done < expected:
         try:
             _receive(url, part, done, expected)
-        except urllib.error.HTTPError as error:
-            raise OSError(f"{url} answers {error.code} ({error.reason}); try again later, or get it by hand") from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:
-            why = getattr(error, "reason", error)
-            raise OSError(f"no connection to {url} ({why}); run the same command again to go on") from error
+        except (OSError, HTTPException) as error:
+            raise OSError(_why(error, url, part)) from error
     size = part.stat().st_size
     if expected and size < expected:
         raise OSError(f"{url} broke off after {size} of {expected} bytes; run the same command again to go on")
@@ -219,6 +216,17 @@ def fetch(archive: dict, folder: Path) -> Path:
         part.unlink()
         raise OSError(f"{url} has checksum {found}, not {_known(archive)}; it was deleted, for it is another file")
     return part.replace(path)
+
+
+def _why(error: Exception, url: str, part: Path) -> str:
+    """Reason and remedy of a download that failed, in one line."""
+    if getattr(error, "errno", None) in hub.FULL:
+        return f"cannot write {part} ({error.strerror}); make some room, then run the same command again to go on"
+    if isinstance(error, urllib.error.HTTPError):
+        return f"{url} answers {error.code} ({error.reason}); try again later, or get it by hand"
+    if isinstance(error, urllib.error.URLError | TimeoutError | ConnectionError | HTTPException):
+        return f"no connection to {url} ({getattr(error, 'reason', error)}); run the same command again to go on"
+    return str(error)
 
 
 def _known(archive: dict) -> str:
@@ -240,19 +248,10 @@ def _receive(url: str, part: Path, done: int, expected: int | None) -> None:
         blocks, total = iter(lambda: answer.read(BLOCK), b""), expected and -(-expected // BLOCK)
         with part.open(mode) as file:
             for block in progress(blocks, part.stem, total, "MB"):
-                _write_block(file, block)
+                file.write(block)
                 if expected and file.tell() > expected:
                     file.truncate(0)
                     raise OSError(f"{url} is longer than {expected} bytes; it is another file")
-
-
-def _write_block(file: BinaryIO, block: bytes) -> None:
-    try:
-        file.write(block)
-        file.flush()
-    except OSError as error:
-        remedy = "make some room, then run the same command again to go on"
-        raise OSError(f"cannot write {file.name} ({error.strerror}); {remedy}") from error
 
 
 def unpack(archives: Sequence[Path], into: Path, inner: str | None = None) -> None:
@@ -348,7 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             how = chosen.downloads.expanduser(), chosen.to.expanduser(), chosen.split, chosen.photo
             counts = make(name, *how, may_download=chosen.download)
         except (OSError, ValueError, ImportError, HTTPException) as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            room = "; make some room" if getattr(error, "errno", None) in hub.FULL else ""
+            print(f"{name}: {error}{room}", file=sys.stderr)
             return 1
         print(f"{chosen.to / folder_name(name, chosen.photo)}: ", end="")
         print(", ".join(f"{count:,} {split}" for split, count in counts.items()))

@@ -33,10 +33,10 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def repository(name: str) -> tuple[str, str] | None:
     """The repository of a model's files and its file of weights; None for a name that leads to no known one."""
-    import open_clip
-
     if name.startswith("hf-hub:"):
         return name.removeprefix("hf-hub:"), WEIGHTS
+    import open_clip
+
     architecture, _, tag = name.partition("/")
     if name.count("/") != 1 or Path(name).exists() or not open_clip.get_pretrained_cfg(architecture, tag):
         return None
@@ -53,21 +53,24 @@ def fetch(name: str) -> None:
 
     Names of embedded models and of folders need nothing. Without a network the cache will do, if it holds all.
     """
-    import open_clip
-
     if (found := repository(name)) is None:
         return
     place, weights = found
-    remote = name.startswith("hf-hub:")
     with _one_line(name, place):
-        paths = _files(place, [CONFIG, weights] if remote else [weights], TOKENIZER if remote else ())
-        config = _model_config(paths[0]) if remote else open_clip.get_model_config(name.split("/")[0])
+        if name.startswith("hf-hub:"):
+            config = _model_config(_files(place, [CONFIG, weights], TOKENIZER)[0])
+        else:
+            import open_clip
+
+            _files(place, [weights], ())
+            config = open_clip.get_model_config(name.split("/")[0])
         speaks = config.get("text_cfg", {}).get("hf_tokenizer_name") or place
         if speaks != place and not Path(speaks).is_dir():
             _files(speaks, [], TOKENIZER)
 
 
 def _model_config(path: Path) -> dict:
+    """What open_clip's file says about a network."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
     except (ValueError, KeyError, TypeError) as error:
