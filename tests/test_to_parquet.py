@@ -26,6 +26,7 @@ from scipy.io import savemat
 
 import official
 import to_parquet
+from hub import full_disk, serving
 from official import DATASETS
 from robustclip import _torchvision
 from robustclip.data import roles
@@ -562,6 +563,34 @@ def test_truncated_and_other_files_are_refused(tmp_path, archive, capsys):
     assert run(tmp_path, "cifar10", "--download") == 0
 
 
+def test_what_goes_wrong_on_the_way_is_one_line_and_made_good(tmp_path, archive, capsys, monkeypatch):
+    """Against a server that goes on in the middle."""
+    whole = (tmp_path / "served/cifar-10-binary.tar.gz").read_bytes()
+    (tmp_path / "hub/files").mkdir(parents=True)
+    (tmp_path / "hub/files/cifar-10-binary.tar.gz").write_bytes(whole)
+    with serving(tmp_path / "hub") as hub:
+        archive["url"] = f"{hub.url}/files/cifar-10-binary.tar.gz"
+        for fault, message in (
+            (503, f"{archive['url']} answers 503 (Service Unavailable); try again later"),
+            (404, f"{archive['url']} answers 404 (Not Found); try again later, or get it by hand"),
+            ("cut", f"broke off after {len(whole) // 2} of {len(whole)} bytes; run the same command again to go on"),
+        ):
+            hub.faults["cifar-10-binary.tar.gz"] = [fault]
+            assert run(tmp_path, "cifar10", "--download") == 1
+            said = capsys.readouterr().err
+            assert message in said
+            assert said.count("\n") == 1
+            assert not (tmp_path / "data/cifar10/test.parquet").exists()
+        with full_disk(len(whole) - 10):
+            assert run(tmp_path, "cifar10", "--download") == 1
+        assert "(File too large); make some room, then run the same command again" in capsys.readouterr().err
+        assert run(tmp_path, "cifar10", "--download") == 0
+        assert hub.ranges[0] == f"bytes={len(whole) // 2}-"
+    archive["url"] = archive["url"].replace("cifar-10", "other")
+    with pytest.raises(OSError, match=r"no connection to http://127.*run the same command again"):
+        to_parquet.fetch(archive, tmp_path)
+
+
 def test_only_https_and_no_way_around_it(tmp_path, monkeypatch, archive):
     monkeypatch.setattr(to_parquet, "SCHEME", "https")
     with pytest.raises(ValueError, match="is not https"):
@@ -628,12 +657,11 @@ def test_sets_that_only_their_owners_hand_out(tmp_path, capsys):
 
 def test_download_from_the_hub(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: calls.append((name, options)))
+    monkeypatch.setattr("robustclip.hub.fetch_dataset", lambda *asked: calls.append(asked))
     to_parquet.download("cars", tmp_path)
-    (name, options), source = calls[0], DATASETS["cars"]
-    assert (name, options["revision"]) == ("tanganke/stanford_cars", source["revision"])
-    assert options["allow_patterns"] == ["data/train-*.parquet", "data/test-*.parquet"]
-    assert options["local_dir"] == tmp_path / source["folder"]
+    patterns = ["data/train-*.parquet", "data/test-*.parquet"]
+    place = "tanganke/stanford_cars", DATASETS["cars"]["revision"], patterns, tmp_path / DATASETS["cars"]["folder"]
+    assert calls == [place]
 
 
 def test_command(tmp_path, capsys):

@@ -22,6 +22,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import uuid
 import zipfile
@@ -40,6 +41,7 @@ from pyarrow import parquet
 
 import official
 from official import DATASETS
+from robustclip import hub
 from robustclip.checks import check_choice, check_folder
 from robustclip.data.loaders import fit, shuffled
 from robustclip.data.roles import SPLITS, role
@@ -172,11 +174,8 @@ def download(name: str, downloads: Path) -> None:
         raise ValueError(f"{name} is not fetched by this tool; get it from {source['site']} and put it into {place}")
     check_folder(downloads, 2 * role(name).paper["bytes"] / 1e6)  # what is fetched, and what it holds
     if "hub" in source:
-        from huggingface_hub import snapshot_download
-
         files = [source[split]["files"] for split in SPLITS if split in source]
-        place = {"revision": source["revision"], "local_dir": downloads / source["folder"]}
-        snapshot_download(source["hub"], repo_type="dataset", allow_patterns=files, **place)
+        hub.fetch_dataset(source["hub"], source["revision"], files, downloads / source["folder"])
     else:
         paths = [fetch(archive, downloads) for archive in source["archives"]]
         unpack(paths, downloads / source.get("into", ""), source.get("inner"))
@@ -206,7 +205,10 @@ def fetch(archive: dict, folder: Path) -> Path:
         return path
     done = part.stat().st_size if part.exists() and expected else 0
     if not expected or done < expected:
-        _receive(url, part, done, expected)
+        try:
+            _receive(url, part, done, expected)
+        except (OSError, HTTPException) as error:
+            raise OSError(_why(error, url, part)) from error
     size = part.stat().st_size
     if expected and size < expected:
         raise OSError(f"{url} broke off after {size} of {expected} bytes; run the same command again to go on")
@@ -214,6 +216,17 @@ def fetch(archive: dict, folder: Path) -> Path:
         part.unlink()
         raise OSError(f"{url} has checksum {found}, not {_known(archive)}; it was deleted, for it is another file")
     return part.replace(path)
+
+
+def _why(error: Exception, url: str, part: Path) -> str:
+    """Reason and remedy of a download that failed, in one line."""
+    if getattr(error, "errno", None) in hub.FULL:
+        return f"cannot write {part} ({error.strerror}); make some room, then run the same command again to go on"
+    if isinstance(error, urllib.error.HTTPError):
+        return f"{url} answers {error.code} ({error.reason}); try again later, or get it by hand"
+    if isinstance(error, urllib.error.URLError | TimeoutError | ConnectionError | HTTPException):
+        return f"no connection to {url} ({getattr(error, 'reason', error)}); run the same command again to go on"
+    return str(error)
 
 
 def _known(archive: dict) -> str:
@@ -334,7 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             how = chosen.downloads.expanduser(), chosen.to.expanduser(), chosen.split, chosen.photo
             counts = make(name, *how, may_download=chosen.download)
         except (OSError, ValueError, ImportError, HTTPException) as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            room = "; make some room" if getattr(error, "errno", None) in hub.FULL else ""
+            print(f"{name}: {error}{room}", file=sys.stderr)
             return 1
         print(f"{chosen.to / folder_name(name, chosen.photo)}: ", end="")
         print(", ".join(f"{count:,} {split}" for split, count in counts.items()))

@@ -15,6 +15,8 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
+    from robustclip import study
+    from robustclip.cluster import Resources
     from robustclip.study import Cell
 
 app = typer.Typer(
@@ -49,6 +51,7 @@ Minutes = Annotated[int, typer.Option(help="With an executor: time limit of a jo
 Gpus = Annotated[int, typer.Option(help="With an executor: GPUs of a job; several train one model together.")]
 Cpus = Annotated[int, typer.Option(help="With an executor: processor cores of a job.")]
 SENT = ("executor", "jobs", "partition", "minutes", "gpus", "cpus")
+Gates = Annotated[bool, typer.Option("--gates/--no-gates", help="At scale paper, first meet what papers print.")]
 Machine = Annotated[bool, typer.Option("--json", help="Machine-readable on standard output.")]
 
 
@@ -113,12 +116,18 @@ def _divided(context: typer.Context, most: int) -> list[dict]:
     return [{"shard": f"{part}/{parts}"} for part in range(1, parts + 1)]
 
 
-def _send(context: typer.Context, changes: list[dict]) -> None:
+def _resources(context: typer.Context) -> "Resources | None":
+    """What each job is to get; None if the work is done here."""
+    from robustclip.cluster import Resources
+
+    asked = {name: context.params[name] for name in SENT if name in context.params}
+    return Resources(**asked) if asked["executor"] is not None else None
+
+
+def _send(context: typer.Context, resources: "Resources", changes: list[dict]) -> None:
     """Give the cluster the command that is running, once per change of its options."""
     from robustclip import cluster, study
 
-    with _exit_code(2):
-        resources = cluster.Resources(**{name: context.params[name] for name in SENT if name in context.params})
     with _exit_code(1):
         commands, root = [_again(context, change) for change in changes], study.Store(context.params["store"]).root
         numbers = cluster.submit(commands, resources, root)
@@ -131,10 +140,13 @@ def _again(context: typer.Context, change: dict) -> list[str]:
     words = [context.info_name or ""]
     for option in context.command.params:
         value = change.get(option.name, context.params[option.name])
-        if option.name in SENT or value in (None, False, [], ()):
+        if option.name in SENT or value in (None, [], ()):
             continue
-        several = value if isinstance(value, list | tuple) else [value]
-        words += [option.opts[0]] if value is True else [word for one in several for word in (option.opts[0], str(one))]
+        if isinstance(value, bool):
+            words += (option.opts if value else option.secondary_opts)[:1]
+            continue
+        words += [word for one in (value if isinstance(value, list | tuple) else [value])
+                  for word in (option.opts[0], str(one))]  # fmt: skip
     return words
 
 
@@ -145,11 +157,13 @@ def run(
     eps: Budgets = None, seed: Seeds = (0,), n: Images = None, shard: Shard = "1/1", device: Device = "auto",
     batch_size: Batch = None, audit: Audited = 0, store: Folder = None, as_json: Machine = False,
     executor: Executor = None, jobs: Jobs = 8, partition: Partition = None, minutes: Minutes = 240, gpus: Gpus = 0,
-    cpus: Cpus = 1,
+    cpus: Cpus = 1, gated: Gates = True,
 ) -> None:  # fmt: skip
     """Measure all combinations of the options and print accuracies with 95 % intervals.
 
     Finished cells are taken from the store; an interrupted run goes on where it stopped: give the same command again.
+    What is missing is told before a model is fetched. At scale paper a run stops where undefended CLIP is far from
+    what papers print.
 
     \b
     robustclip run --role cifar10 --role imagenet --attack clean --attack PGD-20
@@ -161,13 +175,18 @@ def run(
     with _exit_code(2):
         options = {"roles": role, "attacks": attack, "attackers": attacker, "eps": eps, "seeds": seed, "n": n}
         options["defenses"] = defense
-        cells = _select(scale, model, shard, "cpu" if executor else device, **options)
-        parts = _divided(context, len(cells)) if executor else []
-    if executor:
-        return _send(context, parts)
-    from robustclip.study import evaluate
+        resources = _resources(context)
+        cells = _select(scale, model, shard, "cpu" if resources else device, **options)
+        parts = _divided(context, len(cells)) if resources else []
+    from robustclip.study import evaluate, gates, preflight
 
     with _exit_code(1):
+        preflight.prepare(cells, store)
+    if resources:
+        return _send(context, resources, parts)
+    with _exit_code(1):
+        for finding in gates.hold(cells, store, device, batch_size) if gated else ():
+            typer.echo(str(finding), err=True)
         results = evaluate(cells, store, device, batch_size, audit)
     _show(
         results,
@@ -205,8 +224,10 @@ def audit(
         options |= {"attackers": [attacker], "defenses": [defense]}
         cells = _select(scale, [model], "1/1", device, **options)
     from robustclip import study
+    from robustclip.study import preflight
 
     with _exit_code(1):
+        preflight.prepare(cells, store)
         found = study.audit_cell(cells[0], store, device)
     if as_json:
         typer.echo(json.dumps({"flags": list(found.flags), "findings": _records(found.frame())}, indent=1))
@@ -249,14 +270,18 @@ def train(
     robustclip train --scale paper --recipe TeCoA --recipe MMCoA --executor slurm --gpus 8
     """
     from robustclip import study
+    from robustclip.study import preflight
     from robustclip.training.parallel import joined, world
 
     with _exit_code(2):
-        chosen = study.scale(scale)
+        chosen, resources = study.scale(scale), _resources(context)
         for name in recipe:
             chosen.recipe(name, seed=seed)
-    if executor:
-        return _send(context, [{"recipe": [name], "shots": some} for name in recipe for some in shots or [None]])
+    with _exit_code(1):
+        preflight.prepare_training(chosen, role, store)
+    if resources:
+        parts = [{"recipe": [name], "shots": some} for name in recipe for some in shots or [None]]
+        return _send(context, resources, parts)
     with _exit_code(1), joined():
         models = study.fine_tuned(chosen, recipe, role, shots or [None], seed, store, device)
         found = {name: str(model.folder()) for name, model in models.items()}
@@ -385,26 +410,59 @@ def reproduce(
     context: typer.Context, scale: Scale = "full", shard: Shard = "1/1", store: Folder = None, device: Device = "auto",
     sample: Annotated[int | None, typer.Option(min=1, help="Only so many cells, by lot.")] = None,
     as_json: Machine = False, executor: Executor = None, jobs: Jobs = 8, partition: Partition = None,
-    minutes: Minutes = 240, gpus: Gpus = 0, cpus: Cpus = 1,
+    minutes: Minutes = 240, gpus: Gpus = 0, cpus: Cpus = 1, gated: Gates = True,
+    role: Annotated[list[str] | None, typer.Option("--role", help="At scale paper, only the gates on these.")] = None,
 ) -> None:  # fmt: skip
     """Measure exactly the shipped cells of a scale again and compare every answer; exit code 1 if one differs.
 
-    Results go to the store: a run that was stopped goes on where it was. `export` then ships the new ones.
+    Results go to the store: a run that was stopped goes on where it was. `export` then ships the new ones. At scale
+    paper, of which nothing is shipped, the gates are measured: numbers that papers print; exit code 1 if one fails,
+    at once unless --no-gates is given.
 
     \b
     robustclip reproduce --scale full
     robustclip reproduce --scale full --shard 1/2 & robustclip reproduce --scale full --shard 2/2
+    robustclip reproduce --scale paper --role pets --role flowers102
     """
     from robustclip import study
 
     with _exit_code(2):
-        name, parts = _name(scale), _shard(shard)
-        divided = _divided(context, jobs) if executor else []
-    if executor:
-        return _send(context, divided)
+        name, parts, resources = _name(scale), _shard(shard), _resources(context)
+        if not study.shipped_records(name) and (chosen := study.scale(scale)).world == "paper":
+            return _printed(chosen, role, store, device, as_json, gated)
+        divided = _divided(context, jobs) if resources else []
+    if resources:
+        return _send(context, resources, divided)
     with _exit_code(1):
         found = study.reproduce(name, parts, store, device, sample)
     _differ(found, found["flips"], as_json, "cells measured again")
+
+
+def _printed(scale: "study.Scale", roles: list[str] | None, store: Path | None, device: str, as_json: bool,
+             gated: bool) -> None:  # fmt: skip
+    """Measure the gates of a scale beside what is printed."""
+    import pandas as pd
+
+    from robustclip.study import gates, preflight
+
+    chosen = [(gate, gate.cells(scale)) for gate in gates.playable(scale, roles)]
+    if not chosen:
+        raise ValueError(f"no gate is on roles {roles or scale.roles}; give some of: {', '.join(gates.roles(scale))}")
+    with _exit_code(1):
+        preflight.prepare([cell for _, own in chosen for cell in own], store)
+        found = []
+        for gate, own in chosen:
+            found.append(gates.measured(gate, own, store, device))
+            if found[-1].verdict == "fails" and gated:
+                break
+    frame = pd.DataFrame([gates.row(one) for one in found])
+    typer.echo(json.dumps(_records(frame), indent=1) if as_json else frame.to_string(index=False, na_rep="?",
+               float_format="{:.2f}".format))  # fmt: skip
+    failed = [one for one in found if one.verdict == "fails"]
+    for one in failed:
+        typer.echo(f"error: {one}; usual causes: {gates.CAUSES}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -31,7 +31,7 @@ from robustclip.files import file_digest
 PACKAGE = "robustclip"
 ROOT = Path(str(files(PACKAGE)))
 # They check, show and keep, or say what is to be measured, all of which is in the key; no number depends on how.
-SILENT = {"checks", "component", "files", "progress", "_torchvision"}
+SILENT = {"checks", "component", "files", "hub", "progress", "_torchvision"}
 SILENT |= {f"study.{name}" for name in ("cells", "named", "provenance", "scales", "shipped", "store")}
 OWN = "own"  # in the place of the module for what is not part of the package
 LIBRARIES = ("robustclip", "torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pandas")
