@@ -124,6 +124,15 @@ def test_conda_users_get_the_same_pins(root, lock):
     assert pins(dependencies[-1]["pip"]) == lock
 
 
+def test_the_bill_of_materials_lists_the_pins(root, lock):
+    found = json.loads((root / "sbom.json").read_text())
+    assert found["bomFormat"] == "CycloneDX"
+    assert {canonicalize_name(one["name"]): one["version"] for one in found["components"]} == lock
+    assert all(
+        one["purl"] == f"pkg:pypi/{canonicalize_name(one['name'])}@{one['version']}" for one in found["components"]
+    )
+
+
 def test_every_requirement_is_pinned_within_its_range(project, lock):
     extras = project["optional-dependencies"]
     assert {"book", "slurm", "dev"} <= set(extras)
