@@ -44,8 +44,8 @@ format: $(STAMP) ## Repair style and formatting, clear the outputs of notebooks
 serve: ## Show the built book at http://localhost:8000 (PORT=...)
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-reproduce: $(STAMP) ## Measure the cells of the shipped results again; SCALE=paper: what papers print of CLIP
-	$(BIN)/robustclip reproduce $(if $(SCALE),--scale $(SCALE))
+reproduce: $(STAMP) ## Measure the cells of the shipped results again; SCALE=paper (ROLE=...): what papers print of CLIP
+	$(BIN)/robustclip reproduce $(if $(SCALE),--scale $(SCALE)) $(addprefix --role ,$(ROLE))
 
 plan: $(STAMP) ## Say what the pages would cost at scale paper, in hours and gigabytes (SCALE=...)
 	$(BIN)/python tools/plan_pages.py $(if $(SCALE),--scale $(SCALE))
