@@ -108,9 +108,9 @@ def test_what_a_server_may_do(hub, fault, words):
 
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
-    hub.broken = 503
-    refused(f"{hub.url} answers 503; try again later")
-    hub.broken = None
+    for hub.broken, hub.closed in ((503, None), (None, 503)):
+        refused(f"{hub.url} answers 503; try again later")
+    hub.closed = None
     good()
     hub.broken = 503
     fetch(NAME)  # the cache will do
@@ -191,6 +191,8 @@ def test_data_sets_are_verified_too(hub, tmp_path):
         assert "\n" not in str(caught.value)
         assert not (into / "data/test-00001-of-00002.parquet").exists()
     hub.faults.clear()
+    with full_disk(100_000), pytest.raises(OSError, match=r"no room in .*cars \(File too large\); make some$"):
+        fetch_dataset("org/cars", "main", ["data/test-*.parquet"], into)
     fetch_dataset("org/cars", "main", ["data/test-*.parquet"], into)
     assert {sha256(path.read_bytes()) for path in into.glob("data/*")} == {sha256(CONTENT)}
     with pytest.raises(OSError, match=r"there is no data/train-\*.parquet in org/cars"):
