@@ -10,7 +10,8 @@ STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum |
 HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3'
 
 .DEFAULT_GOAL := help
-.PHONY: help book notebooks tables headline test lint format serve reproduce models export bench gpu linkcheck lock clean
+.PHONY: help book notebooks tables headline test lint format serve reproduce plan models export bench gpu linkcheck \
+  lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,8 +45,11 @@ format: $(STAMP) ## Repair style and formatting, clear the outputs of notebooks
 serve: ## Show the built book at http://localhost:8000 (PORT=...)
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-reproduce: $(STAMP) ## Measure the cells of the shipped results again (SCALE=quick|full|photo|paper)
-	$(BIN)/robustclip reproduce $(if $(SCALE),--scale $(SCALE))
+reproduce: $(STAMP) ## Measure the cells of the shipped results again; SCALE=paper (ROLE=...): what papers print of CLIP
+	$(BIN)/robustclip reproduce $(if $(SCALE),--scale $(SCALE)) $(addprefix --role ,$(ROLE))
+
+plan: $(STAMP) ## Say what the pages would cost at scale paper, in hours and gigabytes (SCALE=...)
+	$(BIN)/python tools/plan_pages.py $(if $(SCALE),--scale $(SCALE))
 
 models: $(STAMP) ## Train the embedded models again, two at a time; those of photographs need ROBUSTCLIP_DATA
 	OMP_NUM_THREADS=1 $(BIN)/python tools/pretrain.py tinyworld-clip tinyworld-mlm & drawn=$$!; \

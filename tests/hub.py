@@ -50,6 +50,7 @@ class Hub:
     ranges: list[str] = field(default_factory=list)  # where a download went on, "bytes=100-"
     faults: dict[str, list[str | int]] = field(default_factory=dict)  # by the name of a file
     broken: int | None = None  # status of every answer to what repositories hold
+    closed: int | None = None  # status of every answer about a file
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         """Variables under which client libraries know no other hub and no other cache."""
@@ -139,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, place: Path, name: str) -> None:
         """Small files from here; large ones from elsewhere, with their size and checksum told beforehand."""
         path = place / name
+        if self.hub.closed:
+            return self._send(self.hub.closed)
         if not place.is_dir():
             return self._missing("RepoNotFound", 401)
         if not path.is_file():

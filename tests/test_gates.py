@@ -147,7 +147,7 @@ def test_the_gates_of_a_run_are_of_its_model_its_sets_and_what_it_defends():
 
 
 def test_a_run_goes_on_where_all_gates_hold(answers):
-    found = hold(grid("paper", roles=["imagenet", "pets"]))
+    found = list(hold(grid("paper", roles=["imagenet", "pets"])))
     assert [one.verdict for one in found if one.gate.paper == "SCC"] == ["holds"] * 4
     assert {one.verdict for one in found if one.gate.paper == "FARE"} == {"open"}
     assert {kind[0] for kind in answers.asked} == {"imagenet", "pets"}
@@ -157,7 +157,7 @@ def test_the_first_gate_that_fails_stops_the_run(answers):
     answers.table["pets", "clean", "none"] = 70
     with pytest.raises(ValueError, match=r"gate 'CLIP on OxfordPets, clean' fails: printed 87.44 .* measured 70.00 on "
                        r"n=1000 .* usual causes: resolution .*prompts.*precision.*--no-gates") as caught:  # fmt: skip
-        hold(grid("paper", roles=["imagenet", "pets"]))
+        list(hold(grid("paper", roles=["imagenet", "pets"])))
     assert "\n" not in str(caught.value)
     assert answers.asked == [("imagenet", "clean", "none"), ("pets", "clean", "none")]  # no attack was made
 

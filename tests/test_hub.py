@@ -18,6 +18,15 @@ CONTENT = bytes(range(256)) * 1600
 NAME = "hf-hub:org/tiny"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _closed():
+    """No other test hears of the connections that broke off."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub that the client library of this process knows, with an empty cache."""
@@ -31,10 +40,7 @@ def hub(tmp_path, monkeypatch):
     with serving(tmp_path / "served") as running:
         connect(monkeypatch, running.url)
         yield running
-    with warnings.catch_warnings():  # of connections that broke off, which the client leaves open
-        warnings.simplefilter("ignore", ResourceWarning)
-        huggingface_hub.utils.reset_sessions()
-        gc.collect()
+    huggingface_hub.utils.reset_sessions()
 
 
 def connect(monkeypatch, url: str, offline: bool = False) -> None:
@@ -108,9 +114,9 @@ def test_what_a_server_may_do(hub, fault, words):
 
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
-    hub.broken = 503
-    refused(f"{hub.url} answers 503; try again later")
-    hub.broken = None
+    for hub.broken, hub.closed in ((503, None), (None, 503)):
+        refused(f"{hub.url} answers 503; try again later")
+    hub.closed = None
     good()
     hub.broken = 503
     fetch(NAME)  # the cache will do
@@ -191,14 +197,16 @@ def test_data_sets_are_verified_too(hub, tmp_path):
         assert "\n" not in str(caught.value)
         assert not (into / "data/test-00001-of-00002.parquet").exists()
     hub.faults.clear()
+    with full_disk(100_000), pytest.raises(OSError, match=r"no room in .*cars \(File too large\); make some$"):
+        fetch_dataset("org/cars", "main", ["data/test-*.parquet"], into)
     fetch_dataset("org/cars", "main", ["data/test-*.parquet"], into)
     assert {sha256(path.read_bytes()) for path in into.glob("data/*")} == {sha256(CONTENT)}
     with pytest.raises(OSError, match=r"there is no data/train-\*.parquet in org/cars"):
         fetch_dataset("org/cars", "main", ["data/train-*.parquet"], into)
 
 
-def test_variables_of_the_environment_say_which_hub(hub, tmp_path):
-    """In processes of their own, as a user sets them."""
+def test_variables_of_the_environment_say_where_the_cache_is_and_forbid_the_network(hub, tmp_path):
+    """In a process of its own, as a user sets them."""
     code = """if True:
         import sys
         from robustclip.hub import fetch
@@ -208,14 +216,12 @@ def test_variables_of_the_environment_say_which_hub(hub, tmp_path):
             except OSError as error:
                 print(error)
     """
-    said = []
-    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
-        environment = hub.environment(tmp_path / "home", PYTHONPATH=":".join(sys.path), **more)
-        command = [sys.executable, "-c", code, NAME, "hf-hub:org/other"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert not done.stderr
-        said.append(done.stdout.splitlines())
-    assert said[0][0] == said[1][0] == "None"
-    assert f"{hub.url} has no org/other" in said[0][1]
-    assert "HF_HUB_OFFLINE=1 forbids the network" in said[1][1]
+    good()
+    variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", code, NAME, "hf-hub:org/other"]
+    done = subprocess.run(command, env=hub.environment(tmp_path, **variables), capture_output=True, text=True)
+    assert not done.stderr
+    here, other = done.stdout.splitlines()
+    assert here == "None"
+    assert "HF_HUB_OFFLINE=1 forbids the network" in other
     assert hub.fetched(WEIGHTS) == 1

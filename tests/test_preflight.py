@@ -9,6 +9,7 @@ import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
+from robustclip import study
 from robustclip.cli import app
 from robustclip.study import grid, preflight, scale
 from test_to_parquet import encoded
@@ -129,6 +130,14 @@ def test_what_is_shipped_of_data_and_models_will_do(call, tmp_path, monkeypatch)
     put(tmp_path / "data/dtd", "test")
     with pytest.raises(OSError, match="could not fetch"):
         preflight.prepare(cells, shipped=False)
+
+
+def test_what_is_measured_again_needs_data_and_models_of_its_own(call, monkeypatch):
+    (cell,) = grid("small.toml", roles=["dtd"], attacks=["clean"])
+    monkeypatch.setattr(preflight, "known", lambda _: {"data": {"dtd/parquet": {}}, "models": {"ViT-B-32/openai": "0"}})
+    monkeypatch.setattr("robustclip.study.shipped.shipped_records", lambda _: [{"made_by": cell.made_by()}])
+    with pytest.raises(FileNotFoundError, match=r"nothing was fetched, .*\n  1 data sets"):
+        study.reproduce("small")
 
 
 def test_other_worlds_need_no_more_than_before(monkeypatch, tmp_path):

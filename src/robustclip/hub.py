@@ -13,8 +13,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from robustclip import _torchvision
@@ -28,6 +28,8 @@ TOKENIZER = ("config.json", "merges.txt", "special_tokens_map.json", "spiece.mod
              "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLIENTS = ("requests", "urllib3", "httpx", "httpcore")  # whose errors are those of connections
+BROKEN = ("ChunkedEncodingError", "IncompleteRead", "ReadTimeout", "RemoteProtocolError")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -79,7 +81,7 @@ def _model_config(path: Path) -> dict:
 
 def fetch_dataset(place: str, revision: str, needed: Sequence[str], folder: Path) -> None:
     """Bring the files of a data set that match patterns into a folder, every file verified."""
-    with _one_line(place, place):
+    with _one_line(place, place, folder):
         _files(place, needed, (), "dataset", revision, folder)
 
 
@@ -148,17 +150,20 @@ def cached(place: str, names: Sequence[str], revision: str | None = None) -> lis
 
 def _verified(path: Path, digest: str | None) -> Path:
     """The path of a file with this checksum: sha256, or git's own for small files; another file is removed."""
-    found = _git_digest(path) if len(digest or "") == 40 else file_digest(path)
-    if len(digest or "") in (40, 64) and found != digest:
+    digits, changed = len(digest or ""), path.stat()
+    if digits in (40, 64) and (found := _digest(path, digits, changed.st_size, changed.st_mtime_ns)) != digest:
         for one in {path.resolve(), path}:
             one.unlink(missing_ok=True)
         raise OSError(f"{path.name} has checksum {found[:12]}..., not {digest[:12]}...; it was deleted, fetch it again")
     return path
 
 
-def _git_digest(path: Path) -> str:
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+@lru_cache(maxsize=256)
+def _digest(path: Path, digits: int, size: int, changed: int) -> str:
+    """sha256 of a file, or with 40 digits that of git; size and date make a new file a new one."""
+    if digits == 64:
+        return file_digest(path)
+    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _check_endpoint(url: str) -> None:
@@ -185,57 +190,48 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(name: str, place: str) -> Iterator[None]:
+def _one_line(name: str, place: str, folder: Path | None = None) -> Iterator[None]:
     """Tell any failure as one line: what could not be fetched, why, what to do."""
     try:
         yield
     except Exception as error:
-        raise OSError(f"could not fetch {name!r}: {why(error, place)}") from error
+        raise OSError(f"could not fetch {name!r}: {_why(error, place, folder)}") from error
 
 
-def why(error: BaseException, place: str) -> str:
-    """Reason and remedy of a failed download from a repository, in one line."""
+def _why(error: BaseException, place: str, folder: Path | None) -> str:
+    """Reason and remedy of a failed download from a repository to a folder, or to the cache of the hub."""
     from huggingface_hub import constants, errors
 
-    status, disk = getattr(getattr(error, "response", None), "status_code", None), _causes(error, "errno", FULL)
-    server = constants.ENDPOINT
-    if disk:
-        return f"no room in {constants.HF_HUB_CACHE} ({os.strerror(disk)}); make some, or let HF_HUB_CACHE name another"
+    server, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if full := next((one.errno for one in _chain(error) if getattr(one, "errno", None) in FULL), None):
+        other = "" if folder else ", or let HF_HUB_CACHE name another folder"
+        return f"no room in {folder or cache} ({os.strerror(full)}); make some{other}"
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        return _why(error.__cause__, place, folder)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        copy = f"copy models--{place.replace('/', '--')} from another machine to {constants.HF_HUB_CACHE}, or unset it"
+        copy = f"copy models--{place.replace('/', '--')} from another machine to {cache}, or unset it"
         return f"HF_HUB_OFFLINE=1 forbids the network, and the cache of the hub lacks files of {place}; {copy}"
     if isinstance(error, errors.GatedRepoError):
         return f"its owners ask for consent: accept their terms at {server}/{place}, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{server} has no {place}, or does not show it; check the name, or run `hf auth login`"
-    if isinstance(error, errors.RevisionNotFoundError | errors.EntryNotFoundError) and status:
+    if isinstance(error, errors.RevisionNotFoundError | errors.EntryNotFoundError):
         return f"{server} lacks a file or revision of {place}; check the name"
     if status:
         return f"{server} answers {status}; try again later"
-    if _broke_off(error):
+    if type(error).__name__ in BROKEN or "Consistency check failed" in str(error):
         return f"the connection to {server} broke off; run the same command again to go on from there"
-    if isinstance(error, ValueError) or (isinstance(error, OSError) and not _is_network(error)):
-        return " ".join(str(error).split())
-    return (
-        f"no connection to {server} ({type(error).__name__}); connect to the network, copy the hub's cache from "
-        "another machine, or give a local folder"
-    )
+    if type(error).__module__.startswith(CLIENTS) or isinstance(error, ConnectionError | TimeoutError):
+        return (
+            f"no connection to {server} ({type(error).__name__}); connect to the network, copy the hub's cache from "
+            "another machine, or give a local folder"
+        )
+    return " ".join(str(error).split())
 
 
-def _is_network(error: BaseException) -> bool:
-    return type(error).__module__.split(".")[0] in ("requests", "urllib3", "httpx", "socket", "http", "huggingface_hub")
-
-
-def _broke_off(error: BaseException) -> bool:
-    return type(error).__name__ in ("ChunkedEncodingError", "ReadTimeout", "RemoteProtocolError") or (
-        "Consistency check failed" in str(error)
-    )
-
-
-def _causes(error: BaseException | None, name: str, values: Sequence[Any]) -> Any:
-    """The first of `values` that an error, or what led to it, has in an attribute."""
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
     while error is not None:
-        if getattr(error, name, None) in values:
-            return getattr(error, name)
+        yield error
         error = error.__cause__ or error.__context__
-    return None

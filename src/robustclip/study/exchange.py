@@ -23,6 +23,7 @@ from robustclip.study import shipped as files
 from robustclip.study.bench import TRAINED
 from robustclip.study.cells import Cell
 from robustclip.study.evaluate import evaluate, is_stale, is_trained, newest
+from robustclip.study.preflight import prepare
 from robustclip.study.provenance import current, digests
 from robustclip.study.scales import Scale
 from robustclip.study.store import Store, Where
@@ -132,6 +133,7 @@ def reproduce(
         raise ValueError(
             f"nothing is shipped of scale {scale!r}; measure it first, with the notebooks or `robustclip run`"
         )
+    prepare([Cell.again(record["made_by"]) for record in records], store, shipped=False)
     return _again(records, store, device)
 
 

@@ -1,13 +1,13 @@
 """Gates: numbers that papers print and that a run has to meet before hours are spent on what rests on them.
 
-    hold(cells)          # of a run at scale paper: measures its gates first; a ValueError, one line, if one fails
+    list(hold(cells))    # of a run at scale paper: measures its gates first; a ValueError, one line, if one fails
 
 A gate fails if the printed number lies outside the interval of the measured one by more than the tolerance. The
 interval is at a level at which all gates together fail by chance in 5 of 100 runs at most. What is printed is read from
 `assets/reported`. Tolerances: half a point for the protocol that TTC, COLA, SCC and DOC share, two points for FARE.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -170,16 +170,14 @@ def asked(cells: Iterable[Cell]) -> list[tuple[Gate, list[Cell]]]:
 
 def hold(
     cells: Iterable[Cell], store: Where = None, device: str = "auto", batch_size: int | None = None
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Measure the gates before a run, one after the other; the first that fails is a ValueError in one line."""
-    found = []
     for gate, own in asked(cells):
         reason = gate.unfit(own[0].scale)
         one = Finding(gate, "open", reason=reason) if reason else measured(gate, own, store, device, batch_size)
         if one.verdict == "fails":
             raise ValueError(f"{one}; usual causes: {CAUSES}; --no-gates goes on anyway")
-        found.append(one)
-    return found
+        yield one
 
 
 def measured(
