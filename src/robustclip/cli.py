@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from robustclip import study
+    from robustclip.audit import Audit
     from robustclip.cluster import Resources
     from robustclip.study import Cell
 
@@ -209,16 +210,30 @@ def audit(
     device: Device = "auto",
     store: Folder = None,
     as_json: Machine = False,
+    classifier: Annotated[
+        str, typer.Option(help="module:build of your own, which returns pixels in [0, 1] -> logits; needs --data.")
+    ] = "",
+    data: Annotated[
+        Path | None, typer.Option(help="Its pictures: a folder with a folder per class, or with test.parquet.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=0, help="Pixels a side of its pictures [default: as they are].")] = 0,
 ) -> None:
     """Ask whether the robustness of a model under an attack is real; the flags are stored with the result.
 
-    Exit code 1 if a check raises a flag.
+    With --classifier it is asked of any classifier on pictures of your own, at 4/255 unless --eps says otherwise, and
+    nothing is stored. Exit code 1 if a check raises a flag.
 
     \b
     robustclip audit --role cifar10 --attack PGD-20
     robustclip audit --model runs/checkpoints/tecoa --attack APGD-CE --eps 4/255 --n 200
     robustclip audit --defense TTC --attack aware --n 50
+    robustclip audit --classifier my_module:build --data pictures --size 224 --attack PGD-20
     """
+    if classifier or data or size:
+        given = {"scale": scale != "quick", "model": model != "clip", "role": role != "cifar10", "store": store}
+        given |= {"defense": defense != "none", "attacker": attacker != "aware"}
+        _audit_foreign(classifier, data, size, attack, eps or "4/255", n, seed, device, as_json, given)
+        return
     with _exit_code(2):
         options = {"roles": [role], "attacks": [attack], "eps": eps and [eps], "seeds": [seed], "n": n}
         options |= {"attackers": [attacker], "defenses": [defense]}
@@ -229,8 +244,39 @@ def audit(
     with _exit_code(1):
         preflight.prepare(cells, store)
         found = study.audit_cell(cells[0], store, device)
+    _show_audit(found, as_json)
+
+
+def _audit_foreign(
+    classifier: str, data: Path | None, size: int, attack: str, eps: str, n: int, seed: int, device: str, as_json: bool,
+    given: dict[str, Any],
+) -> None:  # fmt: skip
+    """The audit of a classifier that is none of the book's; `given` says which options that only those have are set."""
+    with _exit_code(2):
+        if not (classifier and data):
+            raise ValueError("--classifier, --data and --size belong together; give --classifier and --data at least")
+        for name in (name for name, there in given.items() if there):
+            raise ValueError(f"--{name} is for models of the book; leave it out beside --classifier")
+        from robustclip.study import foreign
+
+        chosen = foreign.attack(attack, eps, seed)
+        built, samples = foreign.build(classifier, device), foreign.pictures(data, n, size)
+    with _exit_code(1):
+        found = foreign.audited(built, samples, chosen, seed)
+    clean, attacked = (f"{one.value:.1f} % [{one.low:.1f}, {one.high:.1f}]" for one in (found.clean, found.attacked))
+    if found.clean.value <= found.chance:
+        guess = f"where a constant guess is right on {found.chance:.1f} %"
+        typer.echo(f"right on {clean}, {guess}: are the classes in the order of the logits?", err=True)
+    if not as_json:
+        typer.echo(f"right on {clean} of {found.n} images, under {chosen!r} on {attacked}")
+    shares = {"clean": found.clean._asdict(), "attacked": found.attacked._asdict(), "n": found.n}
+    _show_audit(found.audit, as_json, **shares)
+
+
+def _show_audit(found: "Audit", as_json: bool, **more: Any) -> None:
+    """The findings of an audit, and in JSON what else is known; leave with 1 if there is a flag."""
     if as_json:
-        typer.echo(json.dumps({"flags": list(found.flags), "findings": _records(found.frame())}, indent=1))
+        typer.echo(json.dumps({"flags": list(found.flags), "findings": _records(found.frame()), **more}, indent=1))
     else:
         for finding in found.findings:
             verdict = {True: "FLAG", False: "pass", None: "    "}[finding.flagged]
