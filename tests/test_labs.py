@@ -108,7 +108,7 @@ MISTAKES: dict[str, dict[str, list[tuple[str, str, str]]]] = {
             ("lr=rate", "lr=1.0", "rate that you were given"),
         ],
         "measure": [
-            ("attack(classifier", "attack(models.ZeroShotClassifier(copy.deepcopy(clip), training.prompts)", "you judge"),
+            ("attack(classifier", "attack(models.ZeroShotClassifier(copy.deepcopy(clip), test.prompts)", "you judge"),
             ("attacked = attack(classifier, images, truth)", "attacked = images", "never attacked"),
             ("samples.prompts", "training.prompts", "prompts of that set"),
             ("return clean, robust", "return robust, clean", "clean accuracy is"),
@@ -185,7 +185,7 @@ MISTAKES: dict[str, dict[str, list[tuple[str, str, str]]]] = {
             ("points + eps / 4", "points - eps / 4", "has to shrink"),
             ("(ahead - images).clamp(-eps, eps)", "(ahead - images)", "transferred: a pixel moved"),
             ("tried = (images + eps", "tried = (best + eps", "searched: a pixel moved"),
-            ("best[better], least[better] = tried[better], left[better]", "best, least = tried, left", "by picture"),
+            ("best[better], least[better] = tried[better], left[better]", "best, least = tried, left", "picture|shrink"),
             ("left < least", "left > least", "shrink"),
             ("lead(classifier(tried), labels)", "lead(plain(tried), labels)", "was asked"),
         ],
@@ -210,11 +210,11 @@ def namespace() -> dict:
 
 
 def run(cells: list, space: dict) -> list[str | None]:
-    """Run cells but figures in one namespace, as a notebook does; for each what went wrong."""
+    """Run cells but figures and tables in one namespace, as a notebook does; for each what went wrong."""
     told = []
     for cell in cells:
         try:
-            if cell.cell_type == "code" and "report.show(" not in cell.source:
+            if cell.cell_type == "code" and not re.search(r"report\.(show|listing)\(", cell.source):
                 exec(compile(cell.source, cell.id, "exec"), space)
             told.append(None)
         except Exception as error:
