@@ -185,7 +185,7 @@ MISTAKES: dict[str, dict[str, list[tuple[str, str, str]]]] = {
             ("points + eps / 4", "points - eps / 4", "has to shrink"),
             ("(ahead - images).clamp(-eps, eps)", "(ahead - images)", "transferred: a pixel moved"),
             ("tried = (images + eps", "tried = (best + eps", "searched: a pixel moved"),
-            ("best[better], least[better] = tried[better], left[better]", "best, least = tried, left", "picture|shrink"),
+            ("best[better], least[better] = tried[better], left[better]", "best, least = tried, left", "shrink|by pic"),
             ("left < least", "left > least", "shrink"),
             ("lead(classifier(tried), labels)", "lead(plain(tried), labels)", "was asked"),
         ],
