@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from torch import Tensor
 
+import execute
 import labs
 from labs import about, graded, handed_out, linked, put_back
 
@@ -356,6 +357,21 @@ def test_grading_puts_checks_back_and_says_what_went_wrong():
     handed_in.cells[0].source = "def f():\n    return 3"
     handed_in.cells[1].source = "assert True"
     assert graded(handed_in, SMALL) == {"a": (0, 3, "AssertionError: "), "b": (2, 2, None)}
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_book_runs_labs_with_their_solutions_and_shows_them_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "ROOT", tmp_path)
+    (tmp_path / "book").mkdir()
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    shown = nbformat.v4.new_code_cell("print(f() * 21)")
+    source = nbformat.v4.new_notebook(cells=[*SMALL.cells, shown], metadata=kernel)
+    nbformat.write(source, tmp_path / "book" / "lab.ipynb")
+    job = execute.Job(tmp_path / "book" / "lab.ipynb", tmp_path / "out" / "lab.ipynb", {}, "")
+    assert execute.run(job) is None
+    made = nbformat.read(tmp_path / "out" / "lab.ipynb", as_version=4)
+    assert [cell.source for cell in made.cells] == [cell.source for cell in handed_out(source).cells]
+    assert made.cells[-1].outputs[0].text == "42\n"
 
 
 def test_a_check_that_was_removed_is_missed():

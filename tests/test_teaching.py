@@ -39,6 +39,20 @@ def test_every_exercise_has_a_level_minutes_and_a_hint_of_its_own():
     assert len(hints) == found >= 100
 
 
+def test_the_syllabus_adds_up():
+    minutes = {
+        label: int(SIZE.search(body)[2]) for path in NOTEBOOKS for _, label, body in EXERCISE.findall(prose_of(path))
+    }
+    text = (ROOT / "book" / "coursework" / "syllabus.md").read_text(encoding="utf8")
+    weeks = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| \d ", line)]
+    assert len(weeks) == len(labs.labs()) == 4
+    for *_, lab, its_minutes, exercises, their_minutes in weeks:
+        name = re.search(r"\]\((.+)\)", lab)[1]
+        first = nbformat.read(labs.SOURCE / f"{name}.ipynb", as_version=4).cells[0].source
+        assert f"| **Time** | {its_minutes.strip()} minutes. |" in first
+        assert sum(minutes[label] for label in re.findall(r"<([\w-]+)>`", exercises)) == int(their_minutes)
+
+
 def test_a_students_book_has_no_solutions(tmp_path):
     count = student.write(tmp_path / "book")
     written = sorted((tmp_path / "book").rglob("*.ipynb"))

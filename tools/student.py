@@ -1,8 +1,9 @@
 """The chapters without solutions, and the labs as students get them: `make student`.
 
-`_build/student` gets the sources of the book, from which `jupyter-book build` renders what a course may see before it
-has done its exercises. Whatever stands in a `{solution}`, or between `{solution-start}` and `{solution-end}`, is left
-out.
+`_build/student` gets the sources of the book but for whatever stands in a `{solution}`, or between `{solution-start}`
+and `{solution-end}`. The same of a book that has run, which Jupyter Book can render:
+
+    python tools/student.py --source _build/executed && jupyter-book build _build/student
 """
 
 import argparse
@@ -40,12 +41,12 @@ def without_solutions(notebook: NotebookNode) -> NotebookNode:
     return made
 
 
-def write(out: Path) -> int:
-    """Write the book's sources without solutions to an empty folder; how many notebooks there are."""
+def write(out: Path, source: Path = ROOT) -> int:
+    """Write the book without solutions to an empty folder; how many notebooks there are."""
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(ROOT / "book", out / "book", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(source / "book", out / "book", ignore=shutil.ignore_patterns(".*"))
     for name in ("_config.yml", "_toc.yml"):
-        shutil.copyfile(ROOT / name, out / name)
+        shutil.copyfile(source / name, out / name)
     notebooks = sorted((out / "book").rglob("*.ipynb"))
     for path in notebooks:
         nbformat.write(without_solutions(nbformat.read(path, as_version=4)), path)
@@ -56,8 +57,12 @@ def main() -> None:
     """Write the student's book."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "_build" / "student", help="where it goes; emptied first")
-    out = parser.parse_args().out
-    print(f"{write(out)} notebooks without solutions below {out}")
+    parser.add_argument(
+        "--source", type=Path, default=ROOT, help="where the book is: the repository, or an executed copy"
+    )
+    arguments = parser.parse_args()
+    count = write(arguments.out, arguments.source)
+    print(f"{count} notebooks without solutions below {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
     python -m venv ~/nbgrader && ~/nbgrader/bin/pip install nbgrader
     python tools/try_nbgrader.py course --nbgrader ~/nbgrader/bin/nbgrader
 
-The first student has to get all points and the second none. The kernel `python3` that nbgrader finds is told to run this
-Python, which has `robustclip`.
+The first student has to get all points and the second none. The kernel `python3` that nbgrader finds is told to run
+this Python, which has `robustclip`.
 """
 
 import argparse
+import copy
 import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +26,15 @@ KNOWS, UNTOUCHED = "knows-all", "untouched"
 
 
 def solved(release: nbformat.NotebookNode, source: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """What somebody hands in who knows all solutions: the release with these in the place of the stubs."""
+    """What somebody hands in who knows all solutions: a copy of the release with these in the place of the stubs."""
+    made = copy.deepcopy(release)
     known = {about(cell)["grade_id"]: cell.source for cell in source.cells if about(cell).get("solution")}
-    for cell in release.cells:
+    for cell in made.cells:
         if about(cell).get("solution"):
             cell.source = re.sub(
                 r"^\s*### (BEGIN|END) SOLUTION\n?", "", known[about(cell)["grade_id"]], flags=re.MULTILINE
             )
-    return release
+    return made
 
 
 def prepare(course: Path) -> dict[str, str]:
@@ -50,7 +53,7 @@ def prepare(course: Path) -> dict[str, str]:
         target = course / "source" / path.stem / path.name
         target.parent.mkdir(parents=True)
         nbformat.write(linked(nbformat.read(path, as_version=4)), target)
-    return os.environ | {"JUPYTER_PATH": str(course / "jupyter"), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    return os.environ | {"JUPYTER_PATH": str(course / "jupyter")}
 
 
 def hand_in(course: Path, name: str) -> None:
@@ -69,14 +72,19 @@ def main() -> None:
     parser.add_argument("course", type=Path, help="a folder that is not there yet")
     parser.add_argument("--nbgrader", default="nbgrader", help="the command")
     arguments = parser.parse_args()
-    course = arguments.course.resolve()
+    course, command = arguments.course.resolve(), shutil.which(arguments.nbgrader)
+    if not command:
+        sys.exit(f"error: no command {arguments.nbgrader!r}; install nbgrader, or say with --nbgrader where it is")
     if course.exists():
         sys.exit(f"error: {arguments.course} is there already; give a new folder")
     environment = prepare(course)
+    environment["PATH"] = os.pathsep.join(
+        [str(Path(command).absolute().parent), environment["PATH"]]
+    )  # it calls alembic
 
     def call(*words: str) -> None:
         print("nbgrader", *words, flush=True)
-        subprocess.run([arguments.nbgrader, *words], cwd=course, env=environment, check=True)
+        subprocess.run([command, *words], cwd=course, env=environment, check=True)
 
     for path in labs():
         call("generate_assignment", path.stem)
