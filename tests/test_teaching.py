@@ -79,7 +79,7 @@ def test_what_a_solution_is():
     gated = ("```{solution-start} b\n```\n\nText.", "#! 2", "More.\n\n```{solution-end}\n```")
     made = student.without_solutions(notebook(f"Before.\n\n{inner}\n\n## References\n\nAfter.", *gated, "#! 3"))
     assert [cell.source for cell in made.cells] == ["Before.\n\n## References\n\nAfter.", "#! 3"]
-    with pytest.raises(ValueError, match="has no .solution-end"):
+    with pytest.raises(ValueError, match=r"has no .solution-end"):
         student.without_solutions(notebook(*gated[:2]))
 
 
