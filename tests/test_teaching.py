@@ -106,6 +106,11 @@ def test_a_slide_has_title_sentence_figure_and_caption(executed):
     assert 'alt="A line from one to two."' in slide.image
 
 
+@pytest.mark.parametrize(("said", "shown"), [("It is.", "It is."), ("It was cu", "It was …"), ("", "")])
+def test_sentences_that_were_cut_end_with_a_whole_word(said, shown):
+    assert slides.whole(said) == shown
+
+
 def test_a_deck_asks_nobody_for_anything_and_can_be_turned_and_printed(executed):
     text = slides.deck("A & part", list(slides.slides_of(executed)))
     assert text.count("<section>") == 2

@@ -188,7 +188,8 @@ def description(notebook: nbformat.NotebookNode) -> str:
     outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     answers = [data["text/plain"] for data in outputs if "robustclip-answer" in data.get("text/html", "")]
     prose = [cell.source.partition("\n\n")[2] for cell in notebook.cells if cell.cell_type == "markdown"]
-    text = re.sub(r"\{[\w:]+\}`[^`]*`|[*`]|\[|\]\([^)]*\)", "", " ".join((answers or prose or [""])[0].split()))
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join((answers or prose or [""])[0].split()))
+    text = re.sub(r"\{[\w:]+\}`[^`]*`|[*`]", "", text)
     whole = re.match(r".*?[.?!](?= [A-Z]|$)", text)
     return (whole[0] if whole else text)[:300]
 

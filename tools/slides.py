@@ -64,7 +64,13 @@ def slides_of(notebook: Path) -> Iterator[Slide]:
                 image, caption = IMAGE.search(figure), CAPTION.search(figure)
                 if image and 'src="data:' in image[0] and image[0] not in seen:
                     seen.add(image[0])
-                    yield Slide(escape(title), escape(unescape(said)), image[0], caption[1].strip() if caption else "")
+                    words = caption[1].strip() if caption else ""
+                    yield Slide(escape(title), escape(whole(unescape(said))), image[0], words)
+
+
+def whole(sentence: str) -> str:
+    """A sentence as it is; one that was cut for previews up to its last whole word, with dots."""
+    return sentence if not sentence or sentence[-1] in ".?!" else f"{sentence.rpartition(' ')[0]} …"
 
 
 def deck(title: str, slides: list[Slide]) -> str:
