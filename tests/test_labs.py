@@ -9,6 +9,7 @@ from torch import Tensor
 
 import execute
 import labs
+import try_nbgrader
 from labs import about, graded, handed_out, linked, put_back
 
 NAMES = [path.stem for path in labs.labs()]
@@ -357,6 +358,13 @@ def test_grading_puts_checks_back_and_says_what_went_wrong():
     handed_in.cells[0].source = "def f():\n    return 3"
     handed_in.cells[1].source = "assert True"
     assert graded(handed_in, SMALL) == {"a": (0, 3, "AssertionError: "), "b": (2, 2, None)}
+
+
+def test_a_student_who_knows_all_solutions_hands_in_no_marks():
+    release = handed_out(SMALL)
+    made = try_nbgrader.solved(release, SMALL)
+    assert [cell.source for cell in made.cells] == ["def f():\n    return 2", "assert f() == 2", "assert f() > 1"]
+    assert release == handed_out(SMALL)
 
 
 @pytest.mark.filterwarnings("default")
