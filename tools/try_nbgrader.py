@@ -31,9 +31,8 @@ def solved(release: nbformat.NotebookNode, source: nbformat.NotebookNode) -> nbf
     known = {about(cell)["grade_id"]: cell.source for cell in source.cells if about(cell).get("solution")}
     for cell in made.cells:
         if about(cell).get("solution"):
-            cell.source = re.sub(
-                r"^\s*### (BEGIN|END) SOLUTION\n?", "", known[about(cell)["grade_id"]], flags=re.MULTILINE
-            )
+            known_here = known[about(cell)["grade_id"]]
+            cell.source = re.sub(r"^ *### (BEGIN|END) SOLUTION\n?", "", known_here, flags=re.MULTILINE).rstrip()
     return made
 
 
