@@ -10,8 +10,8 @@ STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum |
 HOLD  ?= torch==2.13.0 torchvision==0.28.0 'soupsieve<3'
 
 .DEFAULT_GOAL := help
-.PHONY: help book notebooks tables headline test lint format serve reproduce plan models export bench gpu linkcheck \
-  lock clean
+.PHONY: help book notebooks tables slides headline labs student test lint format serve reproduce plan models export \
+  bench gpu linkcheck lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,8 +26,17 @@ notebooks: $(STAMP) ## Run every notebook that changed, to _build/executed
 tables: $(STAMP) ## The tables of the book that was made last, as PDF, a file per part, to _build/html/tables
 	$(BIN)/python tools/tables.py
 
+slides: $(STAMP) ## The figures of the book that was made last as slides, a file per part, to _build/html/slides
+	$(BIN)/python tools/slides.py
+
 headline: $(STAMP) ## Write what holds, from the shipped results, to the README and to the picture that links show
 	$(BIN)/python tools/headline.py
+
+labs: $(STAMP) ## The labs for students and for instructors, to _build/labs
+	$(BIN)/python tools/labs.py
+
+student: $(STAMP) ## The chapters without solutions and the labs as handed out, to _build/student
+	$(BIN)/python tools/student.py
 
 test: $(STAMP) ## Lint, unit tests with coverage, every notebook at small size, a book without warnings
 	@$(MAKE) --no-print-directory lint || { echo "0 passed, 1 failed (lint)"; exit 1; }

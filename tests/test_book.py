@@ -229,6 +229,7 @@ def test_a_notebook_runs_once_until_something_changes(small_book):
     [
         ("# Title\n\nA *first* sentence about {cite:p}`tecoa`, and [a link](x.html). A second one.",
          "A first sentence about , and a link."),
+        ("# Title\n\nCLIP keeps 3 % [1, 7]. More.", "CLIP keeps 3 % [1, 7]."),
         ("# Title\n\nWhat is it? An answer of 3.5 %. More.", "What is it?"),
         ("# Title\n\nNo end", "No end"),
         ("# Title", ""),

@@ -14,7 +14,7 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("tags", "mystnb")  # of a cell's metadata; "mystnb" holds captions and alternative texts
+KEPT = ("tags", "mystnb", "nbgrader")  # of a cell's metadata: captions and alternative texts; what grades a lab
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},

@@ -4,7 +4,8 @@ Executed copies of the notebooks and all other sources of the book go to one fol
 otherwise, from which Jupyter Book only renders. A copy from an earlier run is kept if the notebook, its parameters,
 the package, the shipped results and the environment are all unchanged; `--fresh` runs everything again, without the
 shipped results and from an empty store. What was measured on the way (seconds, versions, hardware) is written to
-`status.json` and to the tables that the book's status page shows.
+`status.json` and to the tables that the book's status page shows. Labs run with
+their solutions and are laid out without.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import torch
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
+from labs import handed_out
 from warm_kernels import warm_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +164,7 @@ def run(job: Job, kernel: str = "python3") -> str | None:
     except Exception as error:  # the kernel died, a cell timed out: report it, and let the other notebooks run
         return f"{job.name}: {type(error).__name__}: {error}"
     end = datetime.now(UTC)
+    notebook = handed_out(notebook)
     for cell in notebook.cells:  # papermill's own, which repeats the parameters
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["tags"].append("hide-input")
@@ -185,7 +188,8 @@ def description(notebook: nbformat.NotebookNode) -> str:
     outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     answers = [data["text/plain"] for data in outputs if "robustclip-answer" in data.get("text/html", "")]
     prose = [cell.source.partition("\n\n")[2] for cell in notebook.cells if cell.cell_type == "markdown"]
-    text = re.sub(r"\{[\w:]+\}`[^`]*`|[*`]|\[|\]\([^)]*\)", "", " ".join((answers or prose or [""])[0].split()))
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join((answers or prose or [""])[0].split()))
+    text = re.sub(r"\{[\w:]+\}`[^`]*`|[*`]", "", text)
     whole = re.match(r".*?[.?!](?= [A-Z]|$)", text)
     return (whole[0] if whole else text)[:300]
 
