@@ -44,7 +44,7 @@ from robustclip.training.recipes import Recipe
 FACTS = "training.json"
 FIRST = 10  # losses that tell whether other code trains the same model
 
-_base = lru_cache(maxsize=4)(models.load)
+_base = lru_cache(maxsize=1)(models.load)
 _pictures = lru_cache(maxsize=1)(Pictures.of)
 _digest_of = lru_cache(maxsize=256)(lambda path, changed: file_digest(path))  # `changed` makes a new file a new one
 
