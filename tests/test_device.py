@@ -26,7 +26,7 @@ from robustclip.attacks.base import Adversary, OwnAttack, Target, predictions
 from robustclip.attacks.from_textattack import FromTextAttack, ReferenceBertAttack
 from robustclip.audit import audit
 from robustclip.data.sources import load_samples
-from robustclip.defenses import broken
+from robustclip.defenses import broken, clipure
 from robustclip.defenses.base import Defense, OwnDefense
 from robustclip.models import Clip, ZeroShotClassifier
 from robustclip.study import evaluate, grid
@@ -43,6 +43,12 @@ BY_OTHERS = {  # attacks that are not run here, and why
     FromTextAttack: "TextAttack changes words on the CPU; `TextFeatures`, which it asks, is run here",
     ReferenceBertAttack: "as above; TextAttack moves the language model to a device of its choice",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_remembered():
+    """What other tests of this process have loaded is loaded again here."""
+    clipure._read.cache_clear()
 
 
 def same_elsewhere(work) -> None:

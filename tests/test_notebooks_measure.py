@@ -1,4 +1,4 @@
-"""Pages train and measure what is not shipped: one does, at a scale of which nothing is shipped, in an empty store."""
+"""A page measures what is not shipped: one does, at a scale of which nothing is shipped, in an empty store."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from test_book import SHIPPED, TINY, tool
 
-PAGES = {"book/mmcoa/prompt-tuning.ipynb"}
+PAGES = {"book/foundations/zero-shot-clip.ipynb"}
 
 
 @pytest.mark.skipif(not SHIPPED, reason="nothing is shipped for the scale quick, so that all pages measure")

@@ -189,7 +189,7 @@ def _check_kind(scale: str, key: str, value: Any) -> None:
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     kinds = [(value, kind), *[(one, INSIDE[key]) for one in inside if key in INSIDE]]
     if not all(isinstance(one, kind) and (kind is bool or not isinstance(one, bool)) for one, kind in kinds):
-        raise ValueError(f"{key}={str(value)[:60]} of scale {scale!r} is not allowed; write {said}")
+        raise ValueError(f"{key}={repr(value)[:60]} of scale {scale!r} is not allowed; write {said}")
 
 
 def _read(text: str, name: str, file: str = "") -> Scale:
