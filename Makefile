@@ -38,9 +38,9 @@ labs: $(STAMP) ## The labs for students and for instructors, to _build/labs
 student: $(STAMP) ## The chapters without solutions and the labs as handed out, to _build/student
 	$(BIN)/python tools/student.py
 
-test: $(STAMP) ## Lint, unit tests with coverage, every notebook at small size, a book without warnings
+test: $(STAMP) ## Lint, unit tests, every notebook, a book without warnings (COV=1 says which lines were run)
 	@$(MAKE) --no-print-directory lint || { echo "0 passed, 1 failed (lint)"; exit 1; }
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 --cov --cov-report term
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(if $(COV),--cov --cov-report term)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check
