@@ -12,9 +12,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ROBUSTCLIP_PROGRESS"] = "0"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+LARGE, EACH = 24, 3  # of tables with more cases than that, `make test` runs each third; `make test ALL=1` all of them
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The book's tests come first: other tests run beside its notebooks, and no process is left alone with them."""
     items.sort(key=lambda item: item.path.name != "test_book.py")
+    if os.environ.get("ROBUSTCLIP_TESTS") != "few":
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left = {item for own in cases.values() if len(own) > LARGE and own[0].path.name != "test_book.py"
+            for place, item in enumerate(own) if place % EACH}  # fmt: skip
+    left |= {item for item in items if item.get_closest_marker("slow")}
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

@@ -285,6 +285,7 @@ def apart(ours, theirs):
     return sum((ours[name] - theirs[name]).square().sum().item() for name in ours) ** 0.5
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_models_of_one_process(call, tmp_path):
     """As the help says; with one step of plain descent and no step of the attack only the order of sums differs."""
     for name, rate in (("small", "1e-3"), ("still", "1e-12")):

@@ -134,6 +134,7 @@ def read(path):
 DAMAGE = {"where": st.floats(0, 1), "how": st.sampled_from([0, 0, 0, 1, 2, 3, 4]), "byte": st.integers(1, 255)}
 
 
+@pytest.mark.slow
 @settings(MANY, max_examples=50)
 @given(**DAMAGE)
 def test_stores(place, where, how, byte):

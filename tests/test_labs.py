@@ -237,6 +237,7 @@ def caught(cells: list, space: dict, change: Callable[[str], str]) -> str | None
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_solutions_pass_and_typical_mistakes_are_named(sources, name):
     cells, space = sources[name].cells, namespace()

@@ -9,6 +9,7 @@ from test_book import SHIPPED, TINY, tool
 PAGES = {"book/foundations/zero-shot-clip.ipynb"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHIPPED, reason="nothing is shipped for the scale quick, so that all pages measure")
 @pytest.mark.filterwarnings("default")
 def test_pages_measure_what_is_not_shipped(tmp_path: Path, monkeypatch):

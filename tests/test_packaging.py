@@ -90,6 +90,7 @@ def test_shipped_results_travel_in_the_wheel(root, wheel):
     assert wheel.stat().st_size < 30_000_000
 
 
+@pytest.mark.slow
 def test_a_notebook_finds_shipped_results_with_nothing_but_the_wheel(root, installed, tmp_path):
     empty = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     page = root / "book" / "mmcoa" / "summary.ipynb"

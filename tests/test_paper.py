@@ -122,6 +122,7 @@ def perform(tmp_path: Path, hub: Hub, sets: dict, *steps: list[str]) -> list[tup
     return [(code, *texts) for code, *texts in json.loads(done.stdout)]
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_table(served, tmp_path):
     """Each kind of source: archives, a data set of the hub, pictures and captions that only their owners hand out."""
     hub, sets = served

@@ -521,6 +521,7 @@ def test_flips_of_another_processor_are_told_from_those_of_a_change(tmp_path, sh
     assert asked[0] == elsewhere[0]["commit"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not commit(), reason="no checkout: old code is not at hand")
 def test_old_code_measures_in_a_checkout_of_its_commit(tmp_path, shipping):
     shipping(real(n=4))

@@ -354,6 +354,7 @@ def test_retracing_tells_other_training_from_the_same(small, tmp_path, recipe):
     assert not retrace(tuned, None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not commit(), reason="no checkout: old code is not at hand")
 def test_the_code_of_a_commit_trains_with_the_losses_it_had(small, tmp_path, monkeypatch):
     """A process of its own runs it; what it told once is what it tells again."""
