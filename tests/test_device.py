@@ -241,6 +241,7 @@ def test_a_tensor_without_a_device_is_found(target, samples, monkeypatch):
     same_elsewhere(lambda: [images + torch.zeros_like(images), torch.zeros(2, device=images.device)])
 
 
+@pytest.mark.slow
 def test_no_excuse_is_needless(request):
     """After all others: what is listed in `ON_THE_CPU` was met."""
     if len(request.session.items) < len(ATTACKS) + len(DEFENDED) + len(RECIPES):
