@@ -29,6 +29,14 @@ from robustclip import _torchvision
 LARGE = (".safetensors", ".bin", ".parquet")  # kept in LFS: named by sha256, and given out by another server
 VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+PAPER_SCALE = """
+source = "parquet"
+world = "paper"
+reference_eps = "1/255"
+images = 2
+batch_size = 2
+recompute_stale = false
+"""  # how a scale of the papers' world begins, with little to measure
 TINY = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
 
 

@@ -8,24 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from hub import TINY, Hub, serving, sha256, tiny_bert, tiny_clip
+from hub import PAPER_SCALE, TINY, Hub, serving, sha256, tiny_bert, tiny_clip
 from official import DATASETS
 from test_to_parquet import PAPER, write, write_image
 
 OPENAI = "timm/vit_base_patch32_clip_224.openai"  # where open_clip looks for ViT-B-32/openai
-SCALE = """
-source = "parquet"
-world = "paper"
-reference_eps = "1/255"
-images = 2
-batch_size = 2
-recompute_stale = false
+SCALE = (
+    PAPER_SCALE
+    + """
 assumed_speed = 1100
 roles = ["cifar10", "pets", "dtd", "cars", "btmri", "coco"]
 [models]
 clip = "ViT-B-32/openai"
 fare = "hf-hub:org/tiny"
 """
+)
 # What a user does, in a process whose libraries know no other hub: fetch data sets, then call the program. Two things
 # are not as on the network: files may come from this machine by http, and ViT-B-32 is a small network.
 DRIVER = """

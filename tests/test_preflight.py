@@ -9,22 +9,20 @@ import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
+from hub import PAPER_SCALE
 from robustclip import study
 from robustclip.cli import app
 from robustclip.study import grid, preflight, scale
 from test_to_parquet import encoded
 
-SCALE = """
-source = "parquet"
-world = "paper"
-reference_eps = "1/255"
-images = 2
-batch_size = 2
-recompute_stale = false
+SCALE = (
+    PAPER_SCALE
+    + """
 [models]
 clip = "ViT-B-32/openai"
 tiny = "tinyworld-clip"
 """
+)
 
 
 @pytest.fixture

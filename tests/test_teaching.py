@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import labs
+import parts
 import slides
 import student
 from robustclip import report
@@ -125,7 +126,7 @@ def test_decks_follow_the_table_of_contents(executed, tmp_path, monkeypatch):
     (tmp_path / "_toc.yml").write_text(
         "parts:\n- {caption: Two Words, chapters: [{file: page}]}\n- {caption: None, chapters: [{file: absent}]}\n"
     )
-    monkeypatch.setattr(slides, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["slides.py", "--executed", str(tmp_path), "--out", str(tmp_path / "out")])
     slides.main()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["two-words.html"]

@@ -5,7 +5,6 @@ notebooks. Each deck is one file that asks nobody for anything: arrow keys turn 
 for each.
 """
 
-import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from html import escape, unescape
 from pathlib import Path
 
 import nbformat
-import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from parts import arguments, parts_of
+
 FIGURE = re.compile(r'<figure class="robustclip-figure">.*?</figure>', re.DOTALL)
 IMAGE = re.compile(r"<img [^>]*>")
 CAPTION = re.compile(r"<figcaption>(.*?)(?:<span|</figcaption>)", re.DOTALL)
@@ -91,17 +90,12 @@ def deck(title: str, slides: list[Slide]) -> str:
 
 def main() -> None:
     """Write one deck per part of the table of contents that has figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--executed", type=Path, default=ROOT / "_build" / "executed", help="the executed book")
-    parser.add_argument("--out", type=Path, default=ROOT / "_build" / "html" / "slides", help="where the decks go")
-    arguments = parser.parse_args()
-    for part in yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8"))["parts"]:
-        notebooks = [(arguments.executed / page["file"]).with_suffix(".ipynb") for page in part["chapters"]]
-        slides = [slide for notebook in filter(Path.exists, notebooks) for slide in slides_of(notebook)]
-        name = part["caption"].lower().replace(" ", "-")
+    given = arguments(__doc__, "slides")
+    for title, name, notebooks in parts_of(given.executed):
+        slides = [slide for notebook in notebooks for slide in slides_of(notebook)]
         if slides:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            (arguments.out / f"{name}.html").write_text(deck(part["caption"], slides), encoding="utf8")
+            given.out.mkdir(parents=True, exist_ok=True)
+            (given.out / f"{name}.html").write_text(deck(title, slides), encoding="utf8")
         print(f"{len(slides):4} slides  {name}")
 
 

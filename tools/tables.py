@@ -4,7 +4,6 @@ A table is read from the Markdown that stands for it in a notebook's outputs, so
 shows. Wide tables get smaller letters, long ones more pages.
 """
 
-import argparse
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -12,11 +11,11 @@ from itertools import zip_longest
 from pathlib import Path
 
 import nbformat
-import yaml
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
+from parts import arguments, parts_of
+
 WIDTH, HEIGHT, MARGIN = 11.69, 8.27, 0.5  # inches of A4, landscape
 LARGEST, SMALLEST = 9.0, 4.0  # points
 LETTER, LINE = 0.6, 1.25  # width of a letter and distance of lines, in font sizes
@@ -91,15 +90,9 @@ def write(path: Path, title: str, notebooks: Iterable[Path]) -> int:
 
 def main() -> None:
     """Write one file per part of the table of contents."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--executed", type=Path, default=ROOT / "_build" / "executed", help="the executed book")
-    parser.add_argument("--out", type=Path, default=ROOT / "_build" / "html" / "tables", help="where the files go")
-    arguments = parser.parse_args()
-    for part in yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8"))["parts"]:
-        notebooks = [(arguments.executed / page["file"]).with_suffix(".ipynb") for page in part["chapters"]]
-        name = part["caption"].lower().replace(" ", "-")
-        count = write(arguments.out / f"{name}.pdf", part["caption"], filter(Path.exists, notebooks))
-        print(f"{count:4} tables  {name}")
+    given = arguments(__doc__, "tables")
+    for title, name, notebooks in parts_of(given.executed):
+        print(f"{write(given.out / f'{name}.pdf', title, notebooks):4} tables  {name}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from robustclip import cluster
+
 ROOT = Path(__file__).resolve().parent.parent
 ROLES = ("cifar10", "cifar100", "stl10", "dtd", "food101", "eurosat", "caltech101", "flowers102", "pets", "sun397")
 SCALE = f"""
@@ -43,8 +45,8 @@ def cells(store: str) -> dict[str, list]:
 
 def unfinished() -> list[dict]:
     """The jobs that are pending or running."""
-    jobs = json.loads(robustclip("status", "--json", store="array"))["jobs"]
-    return [job for job in jobs if job["state"] in ("pending", "running")]
+    jobs = cluster.job_table(Path("array"))
+    return jobs[jobs["state"].isin(["pending", "running"])].to_dict("records")
 
 
 def cancel(chance: random.Random, most: int) -> int:
