@@ -139,6 +139,24 @@ def test_training_is_a_job_per_recipe_and_number_of_pictures(call, monkeypatch):
     assert all(words[0] == "train" and words[words.index("--seed") + 1] == "3" for words in sent)
 
 
+def test_gates_are_one_job_since_each_waits_for_the_one_before(call, monkeypatch):
+    sent = []
+    monkeypatch.setattr(cluster, "submit", lambda commands, *_: sent.extend(commands) or ["1"])
+    words = ["reproduce", "--scale", "paper", "--role", "pets"]
+    done = call(*words, "--executor", "local", "--jobs", "4")
+    assert done.exit_code == 0, done.output
+    (own,) = sent
+    assert own[:3] == words[:3]
+    assert own[own.index("--role") + 1] == "pets"
+
+
+@pytest.mark.parametrize("words", [["--shard", "1/2"], ["--sample", "5"]])
+def test_gates_are_chosen_by_role_alone(call, words):
+    done = call("reproduce", "--scale", "paper", *words)
+    assert done.exit_code == 2
+    assert "scale 'paper' has none; choose gates by --role" in done.stderr
+
+
 def test_several_gpus_train_one_model_together(tmp_path, monkeypatch):
     sent = []
     submitit = pytest.importorskip("submitit")

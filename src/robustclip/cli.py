@@ -474,9 +474,14 @@ def reproduce(
 
     with _exit_code(2):
         name, parts, resources = _name(scale), _shard(shard), _resources(context)
-        if not study.shipped_records(name) and (chosen := study.scale(scale)).world == "paper":
-            return _printed(chosen, role, store, device, as_json, gated)
-        divided = _divided(context, jobs) if resources else []
+        printed = not study.shipped_records(name) and study.scale(scale).world == "paper"
+        if printed and (sample or shard != "1/1"):
+            raise ValueError(
+                f"--sample and --shard choose shipped cells, scale {name!r} has none; choose gates by --role"
+            )
+        if printed and not resources:
+            return _printed(study.scale(scale), role, store, device, as_json, gated)
+        divided = [] if not resources else [{}] if printed else _divided(context, jobs)  # gates wait for each other
     if resources:
         return _send(context, resources, divided)
     with _exit_code(1):

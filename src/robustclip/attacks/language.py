@@ -147,7 +147,8 @@ def _load(name: str, device: str) -> LanguageModel:
         if source is None:
             raise FileNotFoundError(
                 f"no language model called {name!r} on disk; choose 'auto', {TINYWORLD!r}, {PHOTO!r}, a folder in "
-                f"transformers' format, or {BERT!r} after `hf download {BERT}` (0.4 GB)"
+                f"transformers' format, or {BERT!r} after `hf download {BERT} config.json model.safetensors vocab.txt "
+                "tokenizer.json tokenizer_config.json` (0.4 GB)"
             )
         network = AutoModelForMaskedLM.from_pretrained(source, local_files_only=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
