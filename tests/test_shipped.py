@@ -14,7 +14,7 @@ from robustclip.study.statistics import mcnemar
 from robustclip.study.store import Store
 from robustclip.study.tasks import TASK
 
-CELLS, PASSES = 5, 8_000  # a sample, of cells that take so many passes at most
+CELLS, PASSES = 3, 8_000  # a sample, of cells that take so many passes at most
 ROUNDED = 0.01  # of answers: single precision rounds by the processor, too, and now and then the sign of a gradient
 
 
@@ -46,10 +46,13 @@ def test_a_sample_of_shipped_cells_measured_again_gives_the_same_answers(tmp_pat
 def _rounds_coarsely(record: dict) -> bool:
     """Gradients in half precision round as the kernels of each kind of processor do, and so do not repeat elsewhere.
 
-    Nor does FAB, which follows the boundary. What they find may be another image, but as often as before.
+    Nor does FAB, which follows the boundary, nor an ascent through the steps of a defense: with kernels for AVX2 in the
+    place of those for AVX-512, 3 of 10 answers of `aware:answer` against TTC are others. What they find may be another
+    image, but as often as before.
     """
     made = json.dumps(record["made_by"])
-    return any(word in made for word in ('"bfloat16"', '"float16"', '"fab-t"'))
+    known = record["cell"]["attacker"] == "aware"
+    return known or any(word in made for word in ('"bfloat16"', '"float16"', '"fab-t"'))
 
 
 def _outcomes(task: str, answers: dict) -> np.ndarray:

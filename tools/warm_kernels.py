@@ -1,9 +1,9 @@
 """Kernels that start at once: a process that has imported the slow packages forks one for each notebook.
 
-Importing torch, open_clip and transformers takes seconds, and so does looking up what is shipped; a book has many
-notebooks. `warm_kernels()` starts the process and yields the name of a Jupyter kernel that it forks (on Linux;
-elsewhere the name of the usual kernel). The process computes no more than that, so that what it forks is as good as
-new.
+Importing torch, open_clip and transformers takes seconds, and so does looking up what is shipped and drawing the
+pictures that name a set of Tinyworld; a book has many notebooks. `warm_kernels()` starts the process and yields the
+name of a Jupyter kernel that it forks (on Linux; elsewhere the name of the usual kernel). The process computes no more
+than that, in one thread, so that what it forks is as good as new.
 """
 
 import gc
@@ -33,9 +33,16 @@ def serve(listener: socket.socket, parent: int) -> None:
     for name in IMPORTS:
         with suppress(Exception):  # the notebook that needs the module will say what is wrong
             import_module(name)
+    torch, study = import_module("torch"), import_module("robustclip.study")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork has no threads but this one
     with suppress(Exception):  # a page that shows shipped results will say what is wrong with them
         for scale in ("quick", "full", "photo"):
-            import_module("robustclip.study").reference(scale)  # parses the package and reads what is shipped
+            study.reference(scale)  # parses the package and reads what is shipped
+        for role in study.scale("full").roles:
+            for split in ("test", *["train"] * (study.scale("full").group_of(role) == "source")):
+                import_module("robustclip.data.sources").facts(role, split=split)
+    torch.set_num_threads(threads)
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # kernels that end leave no zombies
     while os.getppid() == parent:

@@ -6,6 +6,7 @@ agreement(one, two)                                          # Estimate, 100 tim
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 from zlib import crc32
 
@@ -80,10 +81,11 @@ def agreement(one: Side, two: Side, draws: int = 2000, seed: int = 0) -> Estimat
     return None if found is None else told(found)
 
 
+@lru_cache(maxsize=64)  # pages compare the same images of many pairs of sides; 5 MB each at 300 images
 def _weights(count: int, drawn: int, draws: int, name: str, seed: int) -> np.ndarray:
     """Equal weights of so many, and how often each is among some `drawn` again: (1 + draws, count).
 
-    What has the same name is drawn alike, whatever else is asked.
+    What has the same name is drawn alike, whatever else is asked. Not to be changed by who reads it.
     """
     random, equal = np.random.default_rng([seed, crc32(name.encode())]), np.full(count, 1 / count)
     return np.vstack([equal, random.multinomial(drawn, equal, size=draws) / drawn])

@@ -9,7 +9,7 @@ and by who does. What lacks the attacker who knows has no worst case and stands 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ class Entry:
     passes: tuple[float, float] | None = None  # forward and backward, of one answer to a clean image
     certificates: dict[str, np.ndarray] | None = None
 
-    @property
+    @cached_property
     def sets(self) -> tuple[str, ...]:
         """The sets of the protocol."""
         return protocol(self.scale).sets
@@ -108,7 +108,7 @@ class Entry:
         found = self.rights.get(condition, {})
         return [found[name] for name in self.sets] if self.sets and all(name in found for name in self.sets) else None
 
-    @property
+    @cached_property
     def attacks(self) -> list[Condition]:
         """Attacks on images that are known on all sets."""
         texts = (CONDITIONS["text"], CONDITIONS["multimodal"])
@@ -122,10 +122,14 @@ class Entry:
 
     def first(self, condition: Condition) -> list[np.ndarray]:
         """The outcomes on all sets, of the first images only: those that all attacks share."""
-        sizes = [min(len(self.rights[one][name]) for one in (CLEAN, *self.attacks)) for name in self.sets]
-        return [part[:size] for part, size in zip(self.on(condition), sizes, strict=True)]
+        return [part[:size] for part, size in zip(self.on(condition), self._sizes, strict=True)]
 
-    @property
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """How many images of each set all attacks share."""
+        return [min(len(self.rights[one][name]) for one in (CLEAN, *self.attacks)) for name in self.sets]
+
+    @cached_property
     def union(self) -> list[np.ndarray] | None:
         """Right on the clean image and under every attack; None without a clean number or without any attack."""
         if not (self.on(CLEAN) and self.attacks):

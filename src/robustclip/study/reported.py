@@ -27,7 +27,8 @@ def _everything() -> pd.DataFrame:
 def reported_papers() -> list[str]:
     """Names that `reported` takes: papers, and the files that collect several."""
     table = _everything()
-    return sorted({*table["paper"], *table["file"]} - {name.lower() for name in table["paper"]}, key=str.lower)
+    papers, collections = table["paper"].unique(), table["file"].unique()
+    return sorted({*papers, *collections} - {name.lower() for name in papers}, key=str.lower)
 
 
 def reported(paper: str, table: str | int | None = None) -> pd.DataFrame:

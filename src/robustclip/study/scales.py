@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,7 @@ def main_source(there: Scale) -> str:
     return max(there.role_names("source"), key=lambda name: len(role(name).classes))
 
 
+@cache
 def _missing(world: str) -> dict[str, str]:
     """The roles that no set plays in a world, and why."""
     found = {name: role(name).photo.get("missing") for name in role_names() if world == "photo"}
@@ -192,6 +194,7 @@ def _check_kind(scale: str, key: str, value: Any) -> None:
         raise ValueError(f"{key}={repr(value)[:60]} of scale {scale!r} is not allowed; write {said}")
 
 
+@lru_cache(maxsize=32)
 def _read(text: str, name: str, file: str = "") -> Scale:
     """Build a scale from TOML; a missing or unknown key is named."""
     try:

@@ -74,16 +74,20 @@ def shipped_models(scale: str) -> pd.DataFrame:
 
 def shipped_arrays(scale: str, key: str) -> dict[str, np.ndarray] | None:
     """The arrays of an artifact, if it was shipped."""
-    return shipped_artifacts(scale, [("key", "==", key)]).get(key)
+    path = _file(scale, ARTIFACTS)
+    rows = _artifacts(path, path.stat().st_mtime_ns).get(key) if path else None
+    return rows and _arrays(rows)
 
 
-def shipped_artifacts(scale: str, filters: list | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of all shipped artifacts, or of those that pass parquet's filters, by key."""
-    path, found = _file(scale, ARTIFACTS), {}
-    for row in parquet.read_table(path, filters=filters).to_pylist() if path else []:
-        array = np.frombuffer(row["data"], row["dtype"]).reshape(row["shape"]).copy()
-        found.setdefault(row["key"], {})[row["name"]] = array
-    return found
+def shipped_artifacts(scale: str) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of all shipped artifacts, by key."""
+    path = _file(scale, ARTIFACTS)
+    return {key: _arrays(rows) for key, rows in _artifacts(path, path.stat().st_mtime_ns).items()} if path else {}
+
+
+def _arrays(rows: list[dict]) -> dict[str, np.ndarray]:
+    """What some rows of the file hold, by name."""
+    return {row["name"]: np.frombuffer(row["data"], row["dtype"]).reshape(row["shape"]).copy() for row in rows}
 
 
 def known(scale: str) -> dict[str, dict]:
@@ -119,6 +123,15 @@ def _json_of(path: Path, changed: int) -> dict:
 def _models(path: Path, changed: int) -> list[dict]:
     """The facts of every model of a file, not to be changed by who reads them."""
     return [json.loads(text) for text in parquet.read_table(path)["facts"].to_pylist()]
+
+
+@lru_cache(maxsize=4)
+def _artifacts(path: Path, changed: int) -> dict[str, list[dict]]:
+    """The rows of a file by their key, their numbers still as bytes."""
+    found: dict[str, list[dict]] = {}
+    for row in parquet.read_table(path).to_pylist():
+        found.setdefault(row["key"], []).append(row)
+    return found
 
 
 @lru_cache(maxsize=4)
