@@ -45,12 +45,13 @@ def test_the_syllabus_adds_up():
         label: int(SIZE.search(body)[2]) for path in NOTEBOOKS for _, label, body in EXERCISE.findall(prose_of(path))
     }
     text = (ROOT / "book" / "coursework" / "syllabus.md").read_text(encoding="utf8")
-    weeks = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| \d ", line)]
-    assert len(weeks) == len(labs.labs()) == 4
-    for *_, lab, its_minutes, exercises, their_minutes in weeks:
+    given = {what: re.findall(rf"\| (\d+) \| {what}: (.+) \|", text) for what in ("read", "lab", "exercises")}
+    assert [len(rows) for rows in given.values()] == [len(labs.labs())] * 3 == [4] * 3
+    for its_minutes, lab in given["lab"]:
         name = re.search(r"\]\((.+)\)", lab)[1]
         first = nbformat.read(labs.SOURCE / name, as_version=4).cells[0].source
-        assert f"| **Time** | {its_minutes.strip()} minutes. |" in first
+        assert f"| **Time** | {its_minutes} minutes. |" in first
+    for their_minutes, exercises in given["exercises"]:
         assert sum(minutes[label] for label in re.findall(r"<([\w-]+)>`", exercises)) == int(their_minutes)
 
 
