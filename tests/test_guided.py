@@ -298,7 +298,7 @@ def test_raw_anchors_at_the_clips_temperature_are_tecoa(clip, pictures):
     )]  # fmt: skip
     for run in runs:
         run.update()
-    assert runs[0].losses == runs[1].losses
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)  # sums in another order round otherwise
 
 
 # --- TIMA -------------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_tima_without_its_parts_is_tecoa(clip, pictures):
     runs = [Run(recipe, clip, pictures) for recipe in (TeCoA.of(**SMALL), TIMA.of(**SMALL, **none))]
     for run in runs:
         run.update()
-    assert runs[0].losses == runs[1].losses
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)  # sums in another order round otherwise
     assert runs[1].clip.text_transform is None
 
 

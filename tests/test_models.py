@@ -211,6 +211,7 @@ def test_save_needs_a_configuration(clip, tmp_path):
 def without_weights(monkeypatch):
     """open_clip starts from random weights instead of downloading some."""
     honest = open_clip.create_model
+    monkeypatch.setattr("robustclip.hub.fetch", lambda name: None)
 
     def create(architecture, **options):
         options |= {"require_pretrained": False, "load_weights": False}
@@ -341,11 +342,14 @@ def test_unknown_weights_of_a_known_architecture():
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32/openai", "hf-hub:nobody/nothing"])
-def test_offline(monkeypatch, name):
-    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", refuse)
-    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_url", refuse)
-    with pytest.raises(OSError, match=f"could not fetch '{name}' .*connect to the network, or put a copy"):
+def test_offline(monkeypatch, tmp_path, name):
+    """Nobody listens where the hub should be, and its cache is empty: open_clip is not even asked."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("open_clip.create_model", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(OSError, match=f"could not fetch '{name}': .*connect to the network") as error:
         load(name)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def refuse(*_, **__):
@@ -358,6 +362,7 @@ def hub(monkeypatch):
     with as_file(files("robustclip").joinpath(f"assets/{EMBEDDED[0]}")) as folder:
         config = json.loads((folder / CONFIG).read_text())
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(folder)
+        monkeypatch.setattr("robustclip.hub.fetch", lambda name: None)
         monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: copy.deepcopy(config))
         monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", lambda *_, **__: str(folder / WEIGHTS))
         yield monkeypatch
@@ -394,6 +399,7 @@ def test_activation_follows_the_weights(monkeypatch, name, quick):
         raise OSError("stop here")
 
     monkeypatch.setattr(open_clip, "create_model", create)
+    monkeypatch.setattr("robustclip.hub.fetch", lambda name: None)
     with pytest.raises(OSError, match="stop here"):
         load(name)
     assert asked["force_quick_gelu"] is quick

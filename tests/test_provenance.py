@@ -81,6 +81,19 @@ def edited(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def test_digests_are_the_same_in_all_versions_of_python():
+    """As Python 3.11 writes a tree: 3.12 has types of parameters in it, 3.13 leaves out what is empty."""
+    text = 'def f(x, *, y=None):\n    """Words."""\n    return [f"{x!r:>{y}}", g(), u"a", None]\n'
+    assert provenance.counted(provenance.parsed(text), "f") == (
+        "FunctionDef(name='f', args=arguments(posonlyargs=[], args=[arg(arg='x')], kwonlyargs=[arg(arg='y')], "
+        "kw_defaults=[Constant(value=None)], defaults=[]), body=[Return(value=List(elts=[JoinedStr(values=["
+        "FormattedValue(value=Name(id='x', ctx=Load()), conversion=114, format_spec=JoinedStr(values=[Constant("
+        "value='>'), FormattedValue(value=Name(id='y', ctx=Load()), conversion=-1)]))]), Call(func=Name(id='g', "
+        "ctx=Load()), args=[], keywords=[]), Constant(value='a', kind='u'), Constant(value=None)], ctx=Load()))], "
+        "decorator_list=[])",
+    )
+
+
 @pytest.mark.parametrize(
     ("old", "new", "file"),
     [

@@ -517,18 +517,31 @@ def _printed(scale: "study.Scale", roles: list[str] | None, store: Path | None, 
 
 
 @app.command()
-def confirm(scale: Scale = "full", store: Folder = None, device: Device = "auto", as_json: Machine = False) -> None:
+def confirm(
+    scale: Scale = "full", store: Folder = None, device: Device = "auto", as_json: Machine = False,
+    since: Annotated[str | None, typer.Option(help="A commit: confirm single definitions edited since then.")] = None,
+) -> None:  # fmt: skip
     """After a change of code: measure a sample of the shipped cells it touches; if no answer changed, they stay valid.
 
     At least three cells for each component that changed, and the first updates of one training per recipe. What was
     found is kept beside the results. Exit code 1 if an answer changed: then the cells are due again.
+
+    With --since, each definition that was edited since a commit is looked at by itself: cells that reach it answer by
+    the code of then and of now, on this machine. Without a flip it counts as what it was, for artifacts, too.
+
+    \b
+    robustclip confirm --scale full
+    robustclip confirm --scale quick --since HEAD
     """
     from robustclip import study
 
     with _exit_code(2):
         name = _name(scale)
+        edited = study.edited_since(since) if since else []
     with _exit_code(1):
-        found = study.confirm(name, store, device)
+        found = study.confirm_edits(edited, since, name) if since else study.confirm(name, store, device)
+    if since:
+        return _differ(found, ~found["confirmed"].astype(bool) & (found["cells"] > 0), as_json, "edited definitions")
     _differ(found, ~found["confirmed"].astype(bool), as_json, "changed components")
 
 

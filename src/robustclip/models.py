@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustclip import _torchvision
+from robustclip import _torchvision, hub
 from robustclip.checks import check_choice, check_folder, check_logits, check_pixels
 from robustclip.classes import Classes
 from robustclip.data.roles import Role
@@ -287,7 +287,8 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) pixels in [0, 1] to (n, classes) logits."""
-        return self.clip.logit_scale.float() * self.clip.encode_images(check_pixels(images)) @ self.text_features.T
+        features = self.clip.encode_images(check_pixels(images))
+        return self.clip.logit_scale.float() * features @ self.text_features.T.to(features.dtype)
 
 
 def zero_shot(clip: Clip, role: Role) -> ZeroShotClassifier:
@@ -298,7 +299,7 @@ def zero_shot(clip: Clip, role: Role) -> ZeroShotClassifier:
 def load(name: str | os.PathLike = EMBEDDED[0], device: str = "auto", precision: str = "float32") -> Clip:
     """Load a CLIP by embedded name, "architecture/pretrained" of open_clip, "hf-hub:id" or local folder.
 
-    Only names that point to the network download anything; open_clip then shows the size and a progress bar.
+    Only names that point to the network download anything, and every file of the hub is verified (`hub.fetch`).
     """
     import open_clip
 
@@ -366,8 +367,10 @@ def _load_folder(folder: Path, name: str) -> Clip:
 
 
 def _load_remote(architecture: str, pretrained: str | None) -> Clip:
-    """A CLIP that open_clip fetches, or finds in its cache."""
+    """A CLIP of the hub, or of another place that open_clip fetches from; what the cache holds is not fetched again."""
     import open_clip
+
+    hub.fetch(f"{architecture}/{pretrained}" if pretrained else architecture)
 
     tags = open_clip.list_pretrained_tags_by_model(architecture) if pretrained else []
     if pretrained and pretrained not in tags:

@@ -104,8 +104,9 @@ class Aware(Attack):
                 f"aims={self.aims!r} are not open here: the defense tells nothing of them; give others, or ()"
             )
         rows = (~self._wrong(classifier, images, labels).all(0)).nonzero()[:, 0]
-        climbs = [partial(self._climb, classifier, images[rows], labels[rows], *aim) for aim in enumerate(aims)]
-        found[rows] = best_of(climbs, images[rows])
+        if len(rows):  # some networks do not look at no images
+            climbs = [partial(self._climb, classifier, images[rows], labels[rows], *aim) for aim in enumerate(aims)]
+            found[rows] = best_of(climbs, images[rows])
         return found
 
     def _wrong(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def frozen(classifier: Classifier) -> Iterator[None]:
     """Turn weight gradients off and leave training and inference mode while attacking; restore all afterwards."""
     modules = [module for held in modules_of(classifier) for module in held.modules()]
     asking = [weight for module in modules for weight in module.parameters(recurse=False) if weight.requires_grad]
-    training = [module for module in modules if module.training]
+    training = [module for module in modules if getattr(module, "training", False)]  # frozen scripts have no mode
     for weight in asking:
         weight.requires_grad_(False)
     for module in training:

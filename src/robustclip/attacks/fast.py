@@ -69,6 +69,8 @@ class Fast(ImageAdversary):
         with frozen(classifier), frozen(twin):
             scores = self.attack.look(classifier, images)
             standing = (~self.attack.won(scores, labels)).nonzero()[:, 0]
+            if not len(standing):  # some networks do not look at no images
+                return standing
             scores = scores[standing]
             error = (self.attack.look(twin, images[standing]) - scores).abs().amax(1)
         best = scores.topk(min(2, scores.shape[1])).values

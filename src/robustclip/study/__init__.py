@@ -16,6 +16,7 @@ from robustclip.study.claims import (
     verdict_table,
     verdicts_by_scale,
 )
+from robustclip.study.edits import confirm_edits, edited_since
 from robustclip.study.evaluate import audit_cell, evaluate, is_stale, judged, look_up, outcomes, over_seeds, reference
 from robustclip.study.exchange import artifact, confirm, export, reproduce
 from robustclip.study.ledger import ledger
@@ -47,10 +48,11 @@ from robustclip.study.trained import (
 
 __all__ = [
     "EVIDENCE", "Cell", "Claim", "Condition", "Estimate", "Judgement", "Scale", "Soup", "Store", "Tuned", "Verdict",
-    "above", "artifact", "audit_cell", "averages", "beside", "confirm", "digests", "evaluate", "export", "facts_of",
-    "fine_tuned", "grid", "hierarchical", "is_stale", "judge", "judged", "keep_verdicts", "kept_verdicts", "ledger",
-    "look_up", "macro", "main_source", "mcnemar", "mean_interval", "model_name", "named", "outcomes", "over_seeds",
-    "paired_difference", "parse_eps", "plan", "plan_training", "played_shots", "reference", "reported",
-    "reported_papers", "reproduce", "room", "scale", "scale_names", "shipped_folder", "shipped_records",
-    "shipped_verdicts", "training_facts", "tuned_by_shots", "verdict_table", "verdicts_by_scale", "versions", "wilson",
+    "above", "artifact", "audit_cell", "averages", "beside", "confirm", "confirm_edits", "digests", "edited_since",
+    "evaluate", "export", "facts_of", "fine_tuned", "grid", "hierarchical", "is_stale", "judge", "judged",
+    "keep_verdicts", "kept_verdicts", "ledger", "look_up", "macro", "main_source", "mcnemar", "mean_interval",
+    "model_name", "named", "outcomes", "over_seeds", "paired_difference", "parse_eps", "plan", "plan_training",
+    "played_shots", "reference", "reported", "reported_papers", "reproduce", "room", "scale", "scale_names",
+    "shipped_folder", "shipped_records", "shipped_verdicts", "training_facts", "tuned_by_shots", "verdict_table",
+    "verdicts_by_scale", "versions", "wilson",
 ]  # fmt: skip

@@ -174,7 +174,7 @@ def confirm(scale: str, store: Where = None, device: str = "auto", folder: str |
     for record in stale:
         for name, old, new in _changed(record):
             changes.setdefault((name, old, new), []).append(record)
-    evidence = {change: _sample(records) for change, records in changes.items() if not change[0].startswith(TRAINED)}
+    evidence = {change: sample(records) for change, records in changes.items() if not change[0].startswith(TRAINED)}
     picked = {record["key"]: record for records in evidence.values() for record in records}
     again = Store(Store(store).root / "confirm" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
     flips = dict(_again(list(picked.values()), again, device).set_index("key")["flips"]) if picked else {}
@@ -202,7 +202,7 @@ def _changed(record: dict) -> list[tuple[str, str, str]]:
     return found
 
 
-def _sample(records: Sequence[dict]) -> list[dict]:
+def sample(records: Sequence[dict]) -> list[dict]:
     """Records that can be measured again, without training if possible: the cheapest of every kind of attack."""
     able = [record for record in records if record["made_by"] is not None]
     able.sort(key=lambda record: (is_trained(record), record["forward"] + record["backward"], record["key"]))

@@ -6,17 +6,21 @@ the texts of errors do not count, nor does the place of a definition. Classes of
 source and by what that refers to. Files below `assets` count where a definition names them.
 
     digests(PGD(eps=4/255))      # {"robustclip.attacks.gradient:PGD": "3f0c..."}
+
+A definition that was edited counts as what it was where `assets/edits.json` says that the edit changed no answer; see
+`study.edits`, which writes that file.
 """
 
 import ast
 import hashlib
 import inspect
+import json
 import linecache
 import platform
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +37,7 @@ ROOT = Path(str(files(PACKAGE)))
 # They check, show and keep, or say what is to be measured, all of which is in the key; no number depends on how.
 SILENT = {"checks", "component", "files", "hub", "progress", "_torchvision"}
 SILENT |= {f"study.{name}" for name in ("cells", "named", "provenance", "scales", "shipped", "store")}
+EDITS = ROOT / "assets" / "edits.json"
 OWN = "own"  # in the place of the module for what is not part of the package
 LIBRARIES = ("robustclip", "torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pandas")
 Symbol = tuple[str, str]  # module, name
@@ -115,7 +120,12 @@ def _source(module: str) -> Source:
     spec = find_spec(module)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return Source({}, {})
-    tree, defined = ast.parse(Path(spec.origin).read_text(encoding="utf-8")), {}
+    return parsed(Path(spec.origin).read_text(encoding="utf-8"))
+
+
+def parsed(text: str) -> Source:
+    """What the text of a module defines and imports."""
+    tree, defined = ast.parse(text), {}
     for node in _statements(tree):
         for name in _bound(node):
             defined.setdefault(name, []).append(node)
@@ -180,10 +190,19 @@ def _named(node: ast.AST, bound: dict[str, Symbol]) -> Symbol | None:
 @cache
 def _neighbours(module: str, name: str) -> tuple[Symbol, ...]:
     """What the definition of a symbol refers to."""
-    source = _source(module)
+    return tuple(neighbours(_source(module), module, name))
+
+
+def neighbours(source: Source, module: str, name: str) -> set[Symbol]:
+    """What a definition in the source of a module refers to, as far as that counts."""
     bound = {other: (module, other) for other in source.defined} | source.imported
-    found = (symbol for node in source.defined.get(name, []) for symbol in _mentions(node, bound))
-    return tuple({symbol for symbol in found if symbol[0].removeprefix(f"{PACKAGE}.") not in SILENT})
+    found = {symbol for node in source.defined.get(name, []) for symbol in _mentions(node, bound)}
+    return {symbol for symbol in found if not is_silent(symbol[0])}
+
+
+def is_silent(module: str) -> bool:
+    """Whether no number depends on how a module of the package does its work."""
+    return module.removeprefix(f"{PACKAGE}.") in SILENT
 
 
 def closure(*roots: Symbol) -> set[Symbol]:
@@ -200,21 +219,46 @@ def closure(*roots: Symbol) -> set[Symbol]:
 @cache
 def _digest(module: str, name: str) -> str:
     settled = _settled(module, name) if find_spec(module) else None
-    return _hash(part for symbol in closure(settled) for part in _dumps(*symbol)) if settled else "gone"
+    return digest_of_parts(part for symbol in closure(settled) for part in _dumps(*symbol)) if settled else "gone"
 
 
 @cache
 def _dumps(module: str, name: str) -> tuple[str, ...]:
-    """What counts of a definition, as text."""
-    return tuple(part for node in _source(module).defined.get(name, []) for part in _counted(node))
+    """What counts of a definition, as text: what it was, if it was edited and no answer changed."""
+    parts = counted(_source(module), name)
+    told = edits().get(f"{module}:{name}", {}).get(digest_of_parts(parts))
+    return tuple(told["was"]) if told else parts
+
+
+def counted(source: Source, name: str) -> tuple[str, ...]:
+    """What counts of a definition, as it is written."""
+    return tuple(part for node in source.defined.get(name, []) for part in _counted(node))
+
+
+@cache
+def edits() -> dict[str, dict[str, dict]]:
+    """Definition -> digest of how it is written -> what it was, and on what evidence that answers the same."""
+    return json.loads(EDITS.read_text(encoding="utf-8")) if EDITS.is_file() else {}
 
 
 def _counted(node: ast.AST) -> list[str]:
     """A syntax tree without what does not count, and the digests of the assets it names."""
     named = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
     assets = [ROOT / text for text in named if isinstance(text, str) and text.startswith("assets/")]
-    plain = ast.dump(_Plain().visit(ast.parse(ast.unparse(node)).body[0]))
+    plain = _dumped(_Plain().visit(ast.parse(ast.unparse(node)).body[0]))
     return [plain, *(file_digest(path) for path in assets if path.is_file())]
+
+
+def _dumped(part: Any) -> str:
+    """A syntax tree as `ast.dump` of Python 3.11 writes it; later versions write other fields."""
+    if isinstance(part, list):
+        return f"[{', '.join(map(_dumped, part))}]"
+    if not isinstance(part, ast.AST):
+        return repr(part)
+    own = {name: getattr(part, name, None) for name in part._fields}
+    kept = {name: value for name, value in own.items() if value is not None and (value or name != "type_params")}
+    kept |= {"value": own["value"]} if isinstance(part, ast.Constant) else {}  # which may be None
+    return f"{type(part).__name__}({', '.join(f'{name}={_dumped(value)}' for name, value in kept.items())})"
 
 
 class _Plain(ast.NodeTransformer):
@@ -242,7 +286,8 @@ class _Plain(ast.NodeTransformer):
         return ast.Raise(called, None)
 
 
-def _hash(parts: Iterator[str]) -> str:
+def digest_of_parts(parts: Iterable[str]) -> str:
+    """A digest of texts, whatever their order."""
     return hashlib.sha256("\0".join(sorted(parts)).encode()).hexdigest()[:16]
 
 
@@ -258,7 +303,7 @@ def _own_digest(kind: Any) -> str:
             own[part], mentioned, more = _own_source(part)
             symbols, waiting = symbols + mentioned, waiting + more
     counted = [text for node in own.values() for text in _counted(node)]
-    return _hash([*counted, *(text for symbol in closure(*symbols) for text in _dumps(*symbol))])
+    return digest_of_parts([*counted, *(text for symbol in closure(*symbols) for text in _dumps(*symbol))])
 
 
 def _tree_of(kind: Any) -> ast.stmt:
