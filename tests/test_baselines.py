@@ -354,6 +354,7 @@ def test_attackers_are_told_where_hedge_sets_out(classifier, images):
     assert torch.equal(told(hedge(classifier).at(7), "guess", images), start)
 
 
+@pytest.mark.slow
 def test_hedge_is_attacked_best_where_it_sets_out(classifier):
     """The gradient at its end says little: that attack leaves more than one which goes deep into a wrong class."""
     pixels, labels = tinyworld_samples("cifar10", "test", 24)[:2]

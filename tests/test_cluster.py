@@ -57,6 +57,7 @@ def submitted(root, executor, *numbers):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")  # jobs outlive the call
 def test_jobs_of_this_machine_fill_one_store(call, tmp_path):
     sent = call(*WORK, "--executor", "local", "--jobs", "2")

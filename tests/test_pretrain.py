@@ -245,6 +245,7 @@ def test_a_checkpoint_of_another_run_is_refused(small, tmp_path):
         trained(tmp_path, 5)
 
 
+@pytest.mark.slow
 def test_clip_learns(small, tmp_path, capsys, monkeypatch):
     """Thirty steps without warm-up on the same sixteen pictures bring the loss down."""
     monkeypatch.setattr(pretraining, "learning_rate", lambda step, steps: 1.0)
@@ -343,6 +344,7 @@ def test_a_word_of_each_caption_is_swapped_for_the_best_proposal(learning):
         assert found[row].tolist() == expected
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_against_an_adversary_ends_with_the_same_weights(small, tmp_path):
     attacked = {"adversary": Adversary(6 / 255, language="tinyworld-mlm"), "report_every": 1}
     trained(tmp_path / "whole", 3, Kinds, **attacked)

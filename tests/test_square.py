@@ -117,7 +117,7 @@ def test_squares_shrink_as_queries_are_spent():
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 def test_margins_only_rise_and_the_highest_is_returned(norm, monkeypatch):
     """Asked one by one, each image is shown what each query changes, and what comes back is the best of that."""
     monkeypatch.setattr(square, "TOGETHER", 1)

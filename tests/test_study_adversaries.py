@@ -142,6 +142,7 @@ class Hidden:
         return lambda images: classifier((images * self.levels).round() / self.levels)
 
 
+@pytest.mark.slow
 def test_flags_are_stored_with_the_result(tmp_path, clip):
     """The audit catches rounding; a later call reads the flags, and only a larger audit replaces them."""
     chosen = cells(clip, {"PGD": PGD(eps=2 / 255, steps=3)}, defenses={"rounding": Hidden()}, attackers=["aware"])

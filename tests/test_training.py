@@ -689,7 +689,8 @@ TOGETHER = {
     "leak": (MMCoA.of(**(SHARED | {"updates": 1}), attack_steps=2, leak=True), 0.05),
     "released": (Standard.of(**SHARED, contrastive=True, sampler="released", shots=3), 1e-4),
     **{kind.__name__: (kind.of(**SHARED, attack_steps=0), 1e-4) for kind in (PMGAFT, TGAZSR, LAAT, TIMA)},
-    "FARE": (FARE.of(**(SHARED | {"rate": 1e-6}), attack_steps=0), 1e-4),
+    # Its loss grows fivefold with an update, and what rounding moved with it: the second one is left out.
+    "FARE": (FARE.of(**(SHARED | {"rate": 1e-6, "updates": 1}), attack_steps=0), 1e-4),
 }
 TOGETHER_THERE = """
 child = os.fork()
