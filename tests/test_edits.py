@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from robustclip.cli import app
 from robustclip.study import edits, provenance
 from robustclip.study.edits import confirm_edits, edited_since
 from robustclip.study.provenance import current
@@ -130,3 +132,10 @@ def test_what_is_kept_fits_the_code():
 def test_a_commit_that_is_not_there_is_one_line():
     with pytest.raises(ValueError, match=r"git diff .* does not work"):
         edited_since("nosuchcommit")
+
+
+@pytest.mark.parametrize("words", [["--store", "runs"], ["--device", "cpu"]])
+def test_the_command_does_not_take_what_it_would_not_use(words):
+    done = CliRunner().invoke(app, ["confirm", "--scale", "quick", "--since", "HEAD", *words])
+    assert done.exit_code == 2
+    assert "leave --store and --device out" in done.stderr

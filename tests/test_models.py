@@ -347,7 +347,9 @@ def test_offline(monkeypatch, tmp_path, name):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("open_clip.create_model", lambda *_, **__: pytest.fail("asked"))
-    with pytest.raises(OSError, match=f"could not fetch '{name}': .*connect to the network") as error:
+    with pytest.raises(
+        OSError, match=f"could not fetch '{name}': .*connect to the network, copy the hub's cache"
+    ) as error:
         load(name)
     assert len(str(error.value).splitlines()) == 1
 

@@ -33,10 +33,11 @@ def serve(listener: socket.socket, parent: int) -> None:
     for name in IMPORTS:
         with suppress(Exception):  # the notebook that needs the module will say what is wrong
             import_module(name)
-    torch, study = import_module("torch"), import_module("robustclip.study")
+    torch = import_module("torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork has no threads but this one
     with suppress(Exception):  # a page that shows shipped results will say what is wrong with them
+        study = import_module("robustclip.study")
         for scale in ("quick", "full", "photo"):
             study.reference(scale)  # parses the package and reads what is shipped
         for role in study.scale("full").roles:

@@ -537,12 +537,13 @@ def confirm(
 
     with _exit_code(2):
         name = _name(scale)
+        if since and (store or device != "auto"):
+            raise ValueError("--since compares on the processor and keeps no cells; leave --store and --device out")
         edited = study.edited_since(since) if since else []
     with _exit_code(1):
         found = study.confirm_edits(edited, since, name) if since else study.confirm(name, store, device)
-    if since:
-        return _differ(found, ~found["confirmed"].astype(bool) & (found["cells"] > 0), as_json, "edited definitions")
-    _differ(found, ~found["confirmed"].astype(bool), as_json, "changed components")
+    bad, what = ~found["confirmed"].astype(bool), "edited definitions" if since else "changed components"
+    _differ(found, bad & (found["cells"] > 0) if since else bad, as_json, what)
 
 
 def _differ(found: "pd.DataFrame", bad: "pd.Series", as_json: bool, what: str) -> None:
