@@ -53,7 +53,7 @@ def test_what_is_not_measured_is_not_said(board):
 def test_worlds_agree_where_both_can_test():
     frame = pd.DataFrame({
         "id": ["A", "B", "C", "A", "B", "C"], "scale": ["photo"] * 3 + ["full"] * 3,
-        "verdict": ["supported", "open", "due", "supported", "mixed", "supported"],
+        "verdict": ["supported", "open", "due", "supported", "mixed", "supported"], "page": "mmcoa/ablation",
     })  # fmt: skip
     assert "same word on 1 of 2 claims" in headline.agreement(frame)
     assert headline.agreement(frame[frame["scale"] == "photo"]) == ""

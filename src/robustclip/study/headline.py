@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from robustclip.study.claims import Verdict
-from robustclip.study.ledger import DUE, ledger
+from robustclip.study.ledger import DUE, in_both, ledger
 
 KEEPS = 5.0  # points over CLIP alone that we call something
 AMONG = {"photo": "on photographs", "full": "in Tinyworld", "quick": "in Tinyworld, a small run"}
@@ -82,13 +82,13 @@ def best(board: pd.DataFrame, among: str) -> str:
 
 def agreement(claims: pd.DataFrame) -> str:
     """On how many claims that both worlds can test they say the same word."""
-    told = claims[~claims["verdict"].isin([DUE, str(Verdict.OUTSIDE)])]
-    both = told.pivot_table(index="id", columns="scale", values="verdict", aggfunc="first").dropna()
-    if both.shape[1] != 2 or both.empty:
+    scales = list(claims["scale"].unique())
+    words = in_both(claims, *scales) if len(scales) == 2 else ()
+    if not len(words):
         return ""
-    same = int((both.iloc[:, 0] == both.iloc[:, 1]).sum())
+    same = (words[scales[0]] == words[scales[1]]).sum()
     return (
-        f"The two worlds, photographs and drawings, give the same word on {same} of {len(both)} claims that both test."
+        f"The two worlds, photographs and drawings, give the same word on {same} of {len(words)} claims that both test."
     )
 
 

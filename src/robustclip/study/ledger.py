@@ -52,6 +52,13 @@ def ledger(scales: Sequence[str] = EVIDENCE) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def in_both(claims: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
+    """The words of two scales, a row per statement of a ledger that both have tested, whatever they found."""
+    tested = claims[~claims["verdict"].isin([DUE, str(Verdict.OUTSIDE)])]
+    words = tested.pivot(index=["page", "id"], columns="scale", values="verdict").reindex(columns=[one, other])
+    return words.dropna()
+
+
 def verdict_rows(scale: str) -> pd.DataFrame:
     """Every condition of every page ("mmcoa/ablation") at a scale: what is shipped, else what the page found here."""
     parts = []
