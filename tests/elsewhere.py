@@ -10,6 +10,7 @@ from torch.utils._device import _device_constructors
 
 WATCHED = ("robustclip", "torchattacks")  # packages whose tensors have to say where they are
 TORCH = f"{Path(torch.__file__).parent}/"
+MAKERS = _device_constructors()  # remembered by torch from its first call on, which must not see a patched function
 
 # What makes tensors on the CPU on purpose, and why a GPU does not mind.
 NUMBERS = "the same random numbers on every machine; moved to where they are added"
@@ -40,7 +41,7 @@ class Elsewhere(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        made = func in _device_constructors() and kwargs.get("device") is None
+        made = func in MAKERS and kwargs.get("device") is None
         if made and not (args and isinstance(args[0], torch.Tensor)):  # else it is where another tensor is
             place = caller(sys._getframe(1))
             excuse = next((name for name in ON_THE_CPU if place.startswith(name)), None)

@@ -226,17 +226,24 @@ def test_nothing_is_left_out():
     assert CELLS.keys() == TASK.keys()
 
 
-def test_a_tensor_without_a_device_is_found(target, samples, monkeypatch):
+UNPLACED = {
+    "sum": lambda images: images + torch.zeros(images.shape),
+    "index": lambda images: images[torch.arange(2)] + 0,
+    "module": lambda images: torch.nn.Linear(32, 2)(images),
+}
+
+
+@pytest.mark.parametrize("what", UNPLACED)
+def test_a_tensor_without_a_device_is_found(what, samples, monkeypatch):
     """In a defense, in an attack's noise that is not moved, and in a module that is made on the way."""
     monkeypatch.setattr(elsewhere, "WATCHED", (*elsewhere.WATCHED, __name__))
+    with pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
+        same_elsewhere(lambda: [UNPLACED[what](samples.images)])
+
+
+def test_a_tensor_that_says_where_it_is_is_not(samples, monkeypatch):
+    monkeypatch.setattr(elsewhere, "WATCHED", (*elsewhere.WATCHED, __name__))
     images = samples.images
-    for work in (
-        lambda: images + torch.zeros(images.shape),
-        lambda: images[torch.arange(2)] + 0,
-        lambda: torch.nn.Linear(32, 2)(images),
-    ):
-        with pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
-            same_elsewhere(lambda work=work: [work()])
     same_elsewhere(lambda: [images + torch.zeros_like(images), torch.zeros(2, device=images.device)])
 
 
