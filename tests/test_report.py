@@ -109,6 +109,15 @@ def test_fixture_has_the_columns_of_evaluate(frame):
     assert set(frame.columns) == set(COLUMNS)
 
 
+def test_audits_counts_what_was_looked_at_and_lists_every_flag():
+    frame = pd.DataFrame({"dataset": "CIFAR10", "model": ["a", "b", "c", "d"], "attack": "PGD-100"})
+    frame["flags"] = ["passed", "not audited", "square; noise", ""]
+    said = words.audits(frame)
+    assert said.splitlines() == [
+        "The audit looked at 2 of 4 attacked numbers and raised flags on 1.", "", "- CIFAR10, c, PGD-100: square, noise"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("flags", "mark", "words"),
     [

@@ -85,6 +85,18 @@ def flags_of(value: object) -> list[str]:
     return [name for name in names if name not in ("", "passed", "not audited")]
 
 
+def audits(frame: pd.DataFrame) -> str:
+    """Markdown: how many of these attacked numbers were audited, and every flag that was raised."""
+    known = frame[~frame["flags"].str.contains("not audited") & (frame["flags"] != "")]
+    raised = [
+        f"- {row['dataset']}, {row['model']}, {row['attack']}: {', '.join(flags)}"
+        for row in known.to_dict("records")
+        if (flags := flags_of(row["flags"]))
+    ]
+    said = f"The audit looked at {len(known)} of {len(frame)} attacked numbers and raised flags on {len(raised)}."
+    return "\n".join([said, "", *raised])
+
+
 def _audit(frame: pd.DataFrame) -> str:
     """Say how many attacked numbers were audited and passed, and which flags the others carry."""
     known = frame.get("flags", pd.Series(dtype=object)).fillna("")
