@@ -124,6 +124,16 @@ def test_what_no_page_has_judged_is_due_or_outside(small):
     assert (planned["verdict"], planned["link"]) == ("due", "foundations/retrieval-attacks.html#MMA-C1")
 
 
+def test_a_claim_is_due_where_its_page_measured_nothing_for_it(small):
+    small("MMCOA-C1", "quick", "mmcoa/in-distribution", 5.0)
+    small("MMCOA-C1", "full", "mmcoa/in-distribution")
+    small("MMCOA-C1", "photo", "mmcoa/in-distribution", 5.0, -0.5)
+    frame = ledger()
+    full, photo = row_of(frame, "MMCOA-C1", "full"), row_of(frame, "MMCOA-C1", "photo")
+    assert (full["verdict"], full["meanwhile"]) == ("due", "supported")
+    assert (photo["verdict"], photo["agree"], photo["open"]) == ("open", 1, 1)
+
+
 def test_shipped_verdicts_come_before_those_found_here(small):
     small("TTC-C1", "photo", "testtime/ttc", 7.0)
     small("TTC-C1", "photo", "testtime/ttc", -7.0, ship=False)

@@ -35,7 +35,7 @@ def known_claims() -> dict[str, dict]:
 def ledger(scales: Sequence[str] = EVIDENCE) -> pd.DataFrame:
     """One row per claim and scale: what was said, where, and the verdict with its counts and effects.
 
-    Verdicts are the shipped ones; of pages that ship none, those that they found here. A claim without a verdict is
+    Verdicts are the shipped ones; of pages that ship none, those that they found here. A claim that nothing tests is
     "due" (`meanwhile` is then the word of the same world in small), or "outside this world" with the reason in `note`.
     `aware` is what `defense` keeps more than CLIP alone, in points with an interval, if attackers know it.
     """
@@ -46,7 +46,8 @@ def ledger(scales: Sequence[str] = EVIDENCE) -> pd.DataFrame:
         gains = _gains(judged[scale])
         small = found.get(SMALLER.get(scale, ""), {})
         for key, claim in said.items():
-            verdict = found[scale].get(key) or _missing(claim)
+            verdict = found[scale].get(key)
+            verdict = verdict if verdict and _is_tested(verdict) else _missing(claim)
             word = small[key]["verdict"] if verdict["verdict"] == DUE and key in small else ""
             rows.append(verdict | gains.get(claim["defense"], {}) | claim | {"scale": scale, "meanwhile": word})
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -117,7 +118,12 @@ def _claim(key: tuple[str, str], told: dict) -> dict:
     return facts | said | {"statement": facts["statement"] or told.get("statement", "")}
 
 
+def _is_tested(verdict: dict) -> bool:
+    """Whether a page judged a claim by anything: it is open without a condition where nothing was measured for it."""
+    return verdict["verdict"] != Verdict.OPEN or any(verdict[outcome] for outcome in ("agree", "contradict", "open"))
+
+
 def _missing(claim: dict) -> dict:
-    """The verdict on what no page has judged: due, or outside this world where the file says why none is to."""
+    """The verdict on what no page has tested: due, or outside this world where the file says why none is to."""
     word = str(Verdict.OUTSIDE) if claim["why"] and not claim["page"] else DUE
     return {"verdict": word, "note": claim["why"], **dict.fromkeys(("agree", "contradict", "open", "outside"), 0)}
