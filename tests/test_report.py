@@ -558,6 +558,15 @@ def test_verdicts_take_what_judging_makes():
     assert "? open, 0 agree, 0 contradict, 1 open, +1.0 [-4.0, +6.0], a distance of" in text
 
 
+def test_a_claim_without_conditions_is_due_and_not_counted():
+    frame = verdict_table(
+        [judge(Claim("C1", "up"), [Condition("gain", Estimate(30, 20, 40), above=0)]), judge(Claim("C2", "down"))]
+    )
+    (line,) = [one for one in repr(report.verdicts({"quick": frame})).splitlines() if "down" in one]
+    assert line.split("|")[3].strip() == "due"
+    assert repr(report.answer(["It is so."], verdicts={"quick": frame})).endswith(": 1 supported")
+
+
 def test_wrong_verdicts_are_named(found):
     full = found["full"]
     with pytest.raises(ValueError, match="claim 'P-C10' has 'gain, a' twice at scale full"):

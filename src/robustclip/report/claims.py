@@ -10,7 +10,7 @@ from robustclip.report.figures import Picture
 from robustclip.report.markup import SYMBOLS, Block, badge, folded, paragraphs
 from robustclip.report.tables import Field, HtmlTable, grade_of, label
 from robustclip.report.words import DUE, MISSING, WORLDS
-from robustclip.study.claims import summed
+from robustclip.study.claims import is_tested, summed
 
 OUTCOMES = {"agree": "✓ agrees", "contradict": "✗ contradicts", "open": "? open", "outside": "○ outside this world"}
 
@@ -45,7 +45,8 @@ def verdicts(found: Mapping[str, pd.DataFrame], caption: str = "Claims under tes
         name = f'<a id="{escape(anchor)}" href="{escape(target)}">{escape(number)}</a>'
         printed = f"{first['printed']} {grade_of(first['mark'])}".strip() or MISSING
         parts = [mine[mine["scale"] == scale] for scale in found]
-        verdicts = [verdict_field(summed(part)) if len(part) else Field(DUE) for part in parts]
+        told = [summed(part) if len(part) else None for part in parts]
+        verdicts = [verdict_field(one) if one and is_tested(one) else Field(DUE) for one in told]
         lines.append((Field(number, html=name), Field(first["statement"]), Field(printed), *verdicts))
     heads = ("claim", "statement", "printed", *(WORLDS.get(scale, scale) for scale in found))
     if not rows["printed"].any():  # statements of our own, printed nowhere
@@ -77,9 +78,9 @@ def _together(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _words(frame: pd.DataFrame) -> dict[str, int]:
-    """How many claims got each verdict, in the order of the words."""
-    keys = [name for name in ("page", "id") if name in frame]
-    counts = frame.drop_duplicates(keys)["verdict"].value_counts()
+    """How many claims that were tested got each verdict, in the order of the words."""
+    claims = frame.drop_duplicates([name for name in ("page", "id") if name in frame])
+    counts = claims[claims.apply(is_tested, axis=1).astype(bool)]["verdict"].value_counts()
     return {word: int(counts[word]) for word in SYMBOLS if word in counts}
 
 

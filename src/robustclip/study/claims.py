@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
@@ -241,6 +241,11 @@ def summed(rows: pd.DataFrame) -> dict:
     ends = effects.iloc[[0, -1]][["value", "low", "high"]].to_numpy().ravel() if len(effects) else []
     first = rows.iloc[0]
     return {name: first[name] for name in COLUMNS[: COLUMNS.index("what")]} | dict(zip(ENDS, ends, strict=False))
+
+
+def is_tested(found: Mapping) -> bool:
+    """Whether a verdict rests on anything: a claim is open without a condition where nothing was measured for it."""
+    return found["verdict"] != Verdict.OPEN or any(found[outcome] for outcome in ("agree", "contradict", "open"))
 
 
 def shipped_verdicts(scale: str, part: str) -> pd.DataFrame:

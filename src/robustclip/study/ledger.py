@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pandas as pd
 
-from robustclip.study.claims import ENDS, Verdict, kept_verdicts, shipped_verdicts, summed
+from robustclip.study.claims import ENDS, Verdict, is_tested, kept_verdicts, shipped_verdicts, summed
 from robustclip.study.scales import EVIDENCE
 
 DUE = "due"
@@ -47,7 +47,7 @@ def ledger(scales: Sequence[str] = EVIDENCE) -> pd.DataFrame:
         small = found.get(SMALLER.get(scale, ""), {})
         for key, claim in said.items():
             verdict = found[scale].get(key)
-            verdict = verdict if verdict and _is_tested(verdict) else _missing(claim)
+            verdict = verdict if verdict and is_tested(verdict) else _missing(claim)
             word = small[key]["verdict"] if verdict["verdict"] == DUE and key in small else ""
             rows.append(verdict | gains.get(claim["defense"], {}) | claim | {"scale": scale, "meanwhile": word})
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -116,11 +116,6 @@ def _claim(key: tuple[str, str], told: dict) -> dict:
     said = {"id": name, "page": page, "link": link, "ours": bool(told.get("ours", False))}
     said |= {column: told[column] for column in ("printed", "mark") if told}
     return facts | said | {"statement": facts["statement"] or told.get("statement", "")}
-
-
-def _is_tested(verdict: dict) -> bool:
-    """Whether a page judged a claim by anything: it is open without a condition where nothing was measured for it."""
-    return verdict["verdict"] != Verdict.OPEN or any(verdict[outcome] for outcome in ("agree", "contradict", "open"))
 
 
 def _missing(claim: dict) -> dict:
