@@ -140,6 +140,17 @@ class TeCoA(Recipe):
 
 
 @component
+class WithoutText(TeCoA):
+    """Contrastive adversarial training without text: an attacked image has to find its own clean image in the batch."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """CE(Z) + CE(Z^T), halved, with the row number as target."""
+        logits = batch.logits(batch.features(batch.attacked_images), batch.features(batch.images))
+        own = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+@component
 class MMCoA(Recipe):
     """Both modalities: attacked images with clean prompts, clean images with attacked prompts (Zhou et al. 2024)."""
 
