@@ -12,10 +12,10 @@ from robustclip.training.loop import Diverged, train
 from robustclip.training.named import named_recipe
 from robustclip.training.optimisation import Optimisation
 from robustclip.training.pictures import Order, Pictures
-from robustclip.training.recipes import VP, AdvPT, MMCoA, Recipe, Standard, TeCoA, contrast
+from robustclip.training.recipes import VP, AdvPT, MMCoA, Recipe, Standard, TeCoA, WithoutText, contrast
 
 __all__ = [
     "FARE", "LAAT", "PMGAFT", "TGAZSR", "TIMA", "VP", "AdvPT", "Batch", "Diverged", "InnerAttack", "MMCoA",
-    "Optimisation", "Order", "Pictures", "Recipe", "Standard", "TeCoA", "contrast", "interpolate", "named_recipe",
-    "train",
+    "Optimisation", "Order", "Pictures", "Recipe", "Standard", "TeCoA", "WithoutText", "contrast", "interpolate",
+    "named_recipe", "train",
 ]  # fmt: skip

@@ -143,6 +143,11 @@ class TeCoA(Recipe):
 class WithoutText(TeCoA):
     """Contrastive adversarial training without text: an attacked image has to find its own clean image in the batch."""
 
+    def passes(self) -> tuple[int, int]:
+        """With those of the clean images."""
+        forward, backward = super().passes()
+        return forward + 1, backward + 1
+
     def loss(self, batch: Batch) -> Tensor:
         """CE(Z) + CE(Z^T), halved, with the row number as target."""
         logits = batch.logits(batch.features(batch.attacked_images), batch.features(batch.images))
