@@ -33,8 +33,8 @@ from robustclip.study import evaluate, grid
 from robustclip.study.named import DEFENSES, IMAGES, STEPPED, TEXTS, named_attack, named_defense
 from robustclip.study.tasks import TASK
 from robustclip.training import Pictures, train
-from robustclip.training.named import RECIPES, named_recipe
-from robustclip.training.recipes import Recipe
+from robustclip.training.named import RECIPES
+from robustclip.training.recipes import Recipe, WithoutText
 
 EPS = 6 / 255
 SOURCE = Path(robustclip.__file__).parent
@@ -177,10 +177,14 @@ def test_who_knows_has_nothing_to_do_where_all_is_broken(target, samples, labels
     assert torch.equal(found, samples.images)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+EVERY_RECIPE = RECIPES | {"without text": (WithoutText, {})}
+
+
+@pytest.mark.parametrize("name", EVERY_RECIPE)
 def test_recipes(small, name):
     """One update, on freshly fetched pictures."""
-    recipe = named_recipe(name, eps=EPS, updates=1, batch_size=4, attack_steps=1)
+    kind, own = EVERY_RECIPE[name]
+    recipe = kind.of(eps=EPS, updates=1, batch_size=4, attack_steps=1, **own)
     pictures, clip = Pictures.of("cifar10", n=20), copy.deepcopy(small)
 
     def work():
@@ -222,7 +226,7 @@ def test_nothing_is_left_out():
     run = set.union(*map(parts_of, [*ATTACKS.values(), *DEFENDED.values()]))
     run |= {base for kind in run for base in kind.__mro__}  # what others are made from is run with them
     assert classes_of(Adversary) | classes_of(Defense) <= run | BY_OTHERS.keys()
-    assert classes_of(Recipe) <= {kind for kind, _ in RECIPES.values()}
+    assert classes_of(Recipe) <= {kind for kind, _ in EVERY_RECIPE.values()}
     assert CELLS.keys() == TASK.keys()
 
 
@@ -250,6 +254,6 @@ def test_a_tensor_that_says_where_it_is_is_not(samples, monkeypatch):
 @pytest.mark.slow
 def test_no_excuse_is_needless(request):
     """After all others: what is listed in `ON_THE_CPU` was met."""
-    if len(request.session.items) < len(ATTACKS) + len(DEFENDED) + len(RECIPES):
+    if len(request.session.items) < len(ATTACKS) + len(DEFENDED) + len(EVERY_RECIPE):
         pytest.skip("some of the tests were not run")
     assert Elsewhere.excused == set(ON_THE_CPU)

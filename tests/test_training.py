@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from robustclip.training import (
     Pictures,
     Standard,
     TeCoA,
+    WithoutText,
     checkpoint,
     contrast,
     interpolate,
@@ -412,10 +414,11 @@ def test_starts_and_what_is_kept(clip, attacked):
     assert (distances[1] > distances[0] + 1e-5).any()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "WithoutText"])
 def test_passes_are_those_of_an_update(clip, pictures, name):
     """Of the counted backward passes only those that reach pixels; the loss's own reach weights alone."""
-    recipe = named_recipe(name, **(SMALL | {"attack_steps": 2}))
+    make = partial(named_recipe, name) if name in RECIPES else WithoutText.of
+    recipe = make(**(SMALL | {"attack_steps": 2}))
     run = Run(recipe, clip, pictures)
     with models.count_passes() as counted:
         run.recipe.loss(run.batch()).backward()

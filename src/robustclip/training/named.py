@@ -6,14 +6,13 @@ from robustclip.attacks.text import BertAttack
 from robustclip.checks import check_choice
 from robustclip.training.anchored import LAAT, TIMA
 from robustclip.training.guided import FARE, PMGAFT, TGAZSR
-from robustclip.training.recipes import VP, AdvPT, MMCoA, Recipe, Standard, TeCoA, WithoutText
+from robustclip.training.recipes import VP, AdvPT, MMCoA, Recipe, Standard, TeCoA
 
 RECIPES: dict[str, tuple[type[Recipe], dict[str, Any]]] = {
     "FT-standard": (Standard, {}),
     "FT-contrastive": (Standard, {"contrastive": True}),
     "TeCoA": (TeCoA, {}),
     "TeCoA-both": (TeCoA, {"trains": "both"}),  # the text tower learns, too
-    "TeCoA-without-text": (WithoutText, {}),
     "MMCoA": (MMCoA, {}),
     "MMCoA-partial": (MMCoA, {"trains": "image"}),
     "MMCoA-image-term": (MMCoA, {"text_weight": 0}),
