@@ -24,7 +24,7 @@ from robustclip.classes import Classes
 from robustclip.data.roles import role_names
 from robustclip.defenses.base import as_defense
 from robustclip.defenses.broken import Noisy
-from robustclip.study import Cell, grid, parse_eps, scale, scale_names
+from robustclip.study import Cell, grid, parse_eps, scale, scale_names, training_seeds
 from study_fakes import Darken, FakeClip, Paste, Step
 
 SMALL = """
@@ -356,3 +356,9 @@ def test_sizes_of_tables_are_those_of_the_scale_unless_said(tmp_path):
     path.write_text(SMALL + "[sizes]\n'mmcoa/I' = 7\n")
     chosen = scale(str(path))
     assert [chosen.size("mmcoa/I"), chosen.size("mmcoa/I", 3), chosen.size("mmcoa/II")] == [7, 3, 30]
+
+
+def test_training_seeds_of_a_table_are_those_of_the_scale_unless_said(tmp_path):
+    path = tmp_path / "seeded.toml"
+    path.write_text("seeds = 2\n" + SMALL + "[sizes]\n'mmcoa/I seeds' = 3\n")
+    assert [training_seeds(scale(str(path)), table) for table in ("mmcoa/I", "mmcoa/II")] == [3, 2]

@@ -23,7 +23,7 @@ from robustclip.study.ledger import ledger
 from robustclip.study.planning import plan
 from robustclip.study.provenance import digests, versions
 from robustclip.study.reported import named, reported, reported_papers
-from robustclip.study.scales import EVIDENCE, Scale, main_source, parse_eps, scale, scale_names
+from robustclip.study.scales import EVIDENCE, Scale, main_source, parse_eps, scale, scale_names, training_seeds
 from robustclip.study.shipped import facts_of, shipped_folder, shipped_records
 from robustclip.study.statistics import (
     Estimate,
@@ -53,6 +53,6 @@ __all__ = [
     "keep_verdicts", "kept_verdicts", "ledger", "look_up", "macro", "main_source", "mcnemar", "mean_interval",
     "model_name", "named", "outcomes", "over_seeds", "paired_difference", "parse_eps", "plan", "plan_training",
     "played_shots", "reference", "reported", "reported_papers", "reproduce", "room", "scale", "scale_names",
-    "shipped_folder", "shipped_records", "shipped_verdicts", "training_facts", "tuned_by_shots", "verdict_table",
-    "verdicts_by_scale", "versions", "wilson",
+    "shipped_folder", "shipped_records", "shipped_verdicts", "training_facts", "training_seeds", "tuned_by_shots",
+    "verdict_table", "verdicts_by_scale", "versions", "wilson",
 ]  # fmt: skip

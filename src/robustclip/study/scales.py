@@ -178,6 +178,11 @@ def main_source(there: Scale) -> str:
     return max(there.role_names("source"), key=lambda name: len(role(name).classes))
 
 
+def training_seeds(there: Scale, table: str) -> int:
+    """How many training seeds a table has: `"page/table seeds"` of the scale's sizes, where that is not the usual."""
+    return there.sizes.get(f"{table} seeds", there.seeds)
+
+
 @cache
 def _missing(world: str) -> dict[str, str]:
     """The roles that no set plays in a world, and why."""
