@@ -359,6 +359,23 @@ def test_comparison_takes_the_same_cells_on_the_most_images(attacked):
         report.comparison(printed, both, methods={"clip": "CLIP"})
 
 
+def test_comparison_shows_what_a_reference_has_of_rows_that_the_run_has_not(attacked):
+    run, full = attacked
+    printed = reported("mmcoa", "I").query("method == 'MMCoA' or method == 'CLIP'")
+    elsewhere = full.assign(model="tuned", role="imagenet", dataset="ImageNet", accuracy=70.0 + full.index)
+    twice = full[full["attack"] == "clean"].assign(model=["tuned", "again"], role="imagenet", dataset="TinyImageNet")
+    references = {"full": pd.concat([full, elsewhere, twice])}
+    methods = {"clip": "CLIP", "tuned": "MMCoA", "again": "MMCoA"}
+    table = report.comparison(printed, run, references, methods=methods)
+    assert texts(table, "CLIP", "PGD-100", "CIFAR10")[1:] == ["3.0 † ([1.6, 9.8])", "4.0 ([1.6, 9.8])"]
+    assert texts(table, "MMCoA", "PGD-100", "ImageNet")[1:] == [
+        "75.0 † ([1.6, 9.8])",
+        "–",
+    ]  # at the full budget
+    assert texts(table, "MMCoA", "clean", "TinyImageNet")[1] == "due"  # two cells claim the row
+    assert texts(table, "MMCoA", "PGD-100+BERT-Attack", "ImageNet")[1] == "due"
+
+
 def test_charts_are_drawn_from_the_first_scale_that_has_the_cells(attacked):
     run, full = attacked
     references = {"photo": full.iloc[:0], "full": full}

@@ -17,16 +17,8 @@ from robustclip.study.reported import named
 from robustclip.study.scales import scale as scale_named
 from robustclip.study.scales import scale_names
 
-CELL = [
-    "model",
-    "role",
-    "task",
-    "metric",
-    "attack",
-    "attacker",
-    "defense",
-    "seed",
-]  # the same at two scales: the same experiment
+SETTINGS = ["task", "metric", "attack", "attacker", "defense", "seed"]
+CELL = ["model", "role", *SETTINGS]  # the same at two scales: the same experiment
 
 
 class Field(NamedTuple):
@@ -177,8 +169,9 @@ def comparison(
 
     `printed` comes from `reported`, `run` from `evaluate`, `references` maps scales to their shipped results; of those
     the cells of this run are taken, at the same multiple of their scale's budget (at equal eps if `on` names eps), on
-    the most images. `methods` translates our names into the paper's. A missing reference is "due". A printed number
-    that is not from the paper itself is followed by its grade. `best="method"`: the highest of the methods in bold.
+    the most images; in rows that this run has not, what was measured there in the same way. `methods` translates our
+    names into the paper's. A missing reference is "due". A printed number that is not from the paper itself is followed
+    by its grade. `best="method"`: the highest of the methods in bold.
     """
     on, run = list(on), _usual(named(run, methods))
     if "metric" not in on:
@@ -188,7 +181,10 @@ def comparison(
         f"this run ({', '.join(set(run['scale']))})",
     )
     theirs = printed.assign(accuracy=printed["value"], printed_eps=printed["eps"], eps=eps)
-    measured = {name: _same_cells(named(frame, methods), run, on) for name, frame in (references or {}).items()}
+    known = {name: named(frame, methods) for name, frame in (references or {}).items()}
+    rest = theirs[~_among(theirs, run, on)]
+    measured = {name: pd.concat([_same_cells(frame, run, on), _other_cells(frame, run, rest, on)])
+                for name, frame in known.items()}  # fmt: skip
     measured = {words.WORLDS.get(name, name): frame for name, frame in measured.items()} | {here: run}
     columns = {head: _places(frame, on, number) for head, frame in measured.items()}
     columns = {"paper": _places(theirs, on, _printed)} | columns
@@ -274,6 +270,22 @@ def _same_cells(frame: pd.DataFrame, run: pd.DataFrame, on: list[str]) -> pd.Dat
     same = [*CELL, "eps" if "eps" in on else "multiple"]
     kept = _usual(frame).merge(run[same].drop_duplicates(), on=same)
     return kept.sort_values("n", ascending=False).drop_duplicates([*same, "dataset"])
+
+
+def _other_cells(frame: pd.DataFrame, run: pd.DataFrame, rest: pd.DataFrame, on: list[str]) -> pd.DataFrame:
+    """The cells of a reference in rows that this run has not, say of a set that its world lacks; one cell a row."""
+    if frame.empty:
+        return run[:0]
+    same = [*SETTINGS, "eps" if "eps" in on else "multiple"]
+    kept = _usual(frame).merge(run[same].drop_duplicates(), on=same)
+    kept = kept[_among(kept, rest, on)].sort_values("n", ascending=False).drop_duplicates([*CELL, *on])
+    return kept[~kept.duplicated(on, keep=False)]
+
+
+def _among(frame: pd.DataFrame, others: pd.DataFrame, on: list[str]) -> np.ndarray:
+    """Which rows of a frame have the same names as a row of another."""
+    names = set(others[on].itertuples(index=False, name=None))
+    return np.array([key in names for key in frame[on].itertuples(index=False, name=None)], dtype=bool)
 
 
 def _shared_n(frame: pd.DataFrame) -> str:
