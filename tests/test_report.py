@@ -542,6 +542,9 @@ def test_evidence_of_some_claims_at_every_scale(found):
     assert rows[0][3:] == ["+30.0 [+28.0, +32.0]"] * 2
     assert rows[2][3] == "due"
     assert not report.evidence(found, []).rows
+    fewer = found["full"][found["full"]["what"] != "gain, a"]  # the claim was tested there, on fewer sets
+    table = report.evidence({"full": fewer, "quick": found["quick"]}, ["P-C10"])
+    assert [row[3].text for row in table.rows] == ["+9.0 [+7.0, +11.0]", "–"]
 
 
 def test_evidence_tells_what_decides_nothing_and_what_lies_outside():

@@ -106,13 +106,18 @@ def verdict_field(found: Mapping) -> Field:
 
 
 def _evidence(rows: pd.DataFrame, scales: Mapping[str, object]) -> HtmlTable:
-    """One line per condition: where it had to lie, and the estimate with its outcome at each scale."""
-    lines = []
-    for (_, claim, what), part in rows.groupby(["page", "id", "what"], sort=False):
+    """One line per condition: where it had to lie, and the estimate with its outcome at each scale.
+
+    Of a claim that a scale has tested no other condition is due there: its world has no such set.
+    """
+    lines, tested = [], rows[rows.apply(is_tested, axis=1).astype(bool)]
+    judged = set(tested[["scale", "page", "id"]].itertuples(index=False, name=None))
+    for (page, claim, what), part in rows.groupby(["page", "id", "what"], sort=False):
         by_scale = {row["scale"]: row for row in part.to_dict("records")}
         row = next(iter(by_scale.values()))
         bounds = [f"{side} {row[side]:g}" for side in ("above", "below") if not pd.isna(row[side])]
-        places = [_outcome(by_scale[scale]) if scale in by_scale else Field(DUE) for scale in scales]
+        absent = {scale: Field() if (scale, page, claim) in judged else Field(DUE) for scale in scales}
+        places = [_outcome(by_scale[scale]) if scale in by_scale else absent[scale] for scale in scales]
         what += " (decides nothing)" * (not row["core"])
         lines.append((Field(claim), label("what", what), Field(" and ".join(bounds) or MISSING), *places))
     heads = ("claim", "condition", "agrees if", *(WORLDS.get(scale, scale) for scale in scales))
