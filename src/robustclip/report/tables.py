@@ -170,8 +170,8 @@ def comparison(
     `printed` comes from `reported`, `run` from `evaluate`, `references` maps scales to their shipped results; of those
     the cells of this run are taken, at the same multiple of their scale's budget (at equal eps if `on` names eps), on
     the most images; in rows that this run has not, what was measured there in the same way. `methods` translates our
-    names into the paper's. A missing reference is "due". A printed number that is not from the paper itself is followed
-    by its grade. `best="method"`: the highest of the methods in bold.
+    names into the paper's. "due" is what this run has and a reference has not. A printed number that is not from the
+    paper itself is followed by its grade. `best="method"`: the highest of the methods in bold.
     """
     on, run = list(on), _usual(named(run, methods))
     if "metric" not in on:
@@ -188,10 +188,11 @@ def comparison(
     measured = {words.WORLDS.get(name, name): frame for name, frame in measured.items()} | {here: run}
     columns = {head: _places(frame, on, number) for head, frame in measured.items()}
     columns = {"paper": _places(theirs, on, _printed)} | columns
-    missing = dict.fromkeys(columns, Field(words.DUE)) | dict.fromkeys(("paper", here), Field())
-    rows = dict.fromkeys([*columns["paper"], *columns[here]])
+    rows, due = dict.fromkeys([*columns["paper"], *columns[here]]), dict.fromkeys(columns[here], Field(words.DUE))
+    missing = dict.fromkeys(columns, due) | {"paper": {}}
     lines = [
-        (*map(label, on, key), *(found.get(key, missing[head]) for head, found in columns.items())) for key in rows
+        (*map(label, on, key), *(found.get(key, missing[head].get(key, Field())) for head, found in columns.items()))
+        for key in rows
     ]
     lines = _with_best(lines, on, check_choice("best", best, on)) if best else lines
     said = {head: frame for head, frame in measured.items() if len(frame)}
