@@ -247,6 +247,7 @@ def test_eps_is_written_in_255ths(frame):
     assert {row[1].text for row in table.rows} == {"0", "4/255"}
     assert table.rows[1][1].sort == 4 / 255
     assert words.text_of("eps", 0.5 / 255) == "0.5/255"
+    assert words.text_of("eps", 2 / 3 / 255) == "0.6667/255"
     assert words.text_of("eps", 0.5) == "0.5"
     assert words.text_of("eps", np.nan) == "–"
     assert words.text_of("eps", "2/255") == "2/255"

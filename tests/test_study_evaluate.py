@@ -426,8 +426,9 @@ def test_seeds_become_one_row_with_an_interval_over_seeds_and_images(tmp_path):
     assert found["seed"].tolist() == [0, 0]
     assert found["accuracy"].iloc[0] == pytest.approx(noisy["accuracy"].mean())
     assert found["low"].iloc[0] < noisy["accuracy"].mean() < found["high"].iloc[0]
-    pd.testing.assert_frame_equal(over_seeds(results[results["seed"] == 1], tmp_path),
-                                  results[results["seed"] == 1].reset_index(drop=True))  # fmt: skip
+    assert set(found["interval"]) == {"bootstrap (3 seeds)"}
+    one = results[results["seed"] == 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(over_seeds(one, tmp_path), one.assign(interval="Wilson"))
 
 
 def test_fresh_ignores_what_is_shipped(tmp_path, shipping, monkeypatch):

@@ -18,13 +18,13 @@ SETTINGS = ["scale", "model", "defense", "dataset", "attack", "attacker", "eps",
 
 
 def text_of(name: str, value: object) -> str:
-    """Write a value of column `name`: eps in 1/255 where it is a whole or half number of them, a dash if missing."""
+    """Write a value of column `name`: a small eps in 1/255, a dash if missing."""
     if pd.isna(value) or value == "":
         return MISSING
     if not isinstance(value, float):
         return str(value)
-    if name == "eps" and 0 < value <= 16 / 255 and abs(value * 510 - round(value * 510)) < 1e-6:
-        return f"{round(value * 510) / 2:g}/255"
+    if name == "eps" and 0 < value <= 16 / 255:
+        return f"{value * 255:.4g}/255"
     return f"{value:g}"
 
 

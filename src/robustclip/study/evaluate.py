@@ -170,15 +170,15 @@ def judged(frame: pd.DataFrame, store: Where = None, **where: Any) -> np.ndarray
 
 def over_seeds(frame: pd.DataFrame, store: Where = None) -> pd.DataFrame:
     """One row for cells that differ in their seed only: mean accuracy, its interval over seeds and images."""
-    rows = []
+    rows, columns = [], dict.fromkeys([*frame.columns, "interval"])
     for _, part in frame.groupby(SAME, sort=False, dropna=False):
-        row = part.iloc[0].to_dict()
+        row = {"interval": "Wilson"} | part.iloc[0].to_dict()
         if len(part) > 1:
             found = hierarchical([outcomes(one, store) for one in part.to_dict("records")])
             row |= {"accuracy": found.value, "low": found.low, "high": found.high, "stale": part["stale"].any()}
-            row["distinct"] = part["distinct"].astype(float).mean()
+            row |= {"distinct": part["distinct"].astype(float).mean(), "interval": f"bootstrap ({len(part)} seeds)"}
         rows.append(row)
-    return pd.DataFrame(rows, columns=frame.columns)
+    return pd.DataFrame(rows, columns=[*columns])
 
 
 def reference(scale: str, tuned: Iterable[Any] | None = None) -> pd.DataFrame:
