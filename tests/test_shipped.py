@@ -43,16 +43,22 @@ def test_a_sample_of_shipped_cells_measured_again_gives_the_same_answers(tmp_pat
             assert answers == record["answers"], record["cell"]
 
 
+CLIMBING = ("Counterattack", "Hedge", "SelfConsistency")  # defenses that go up along gradients themselves
+
+
 def _rounds_coarsely(record: dict) -> bool:
     """Gradients in half precision round as the kernels of each kind of processor do, and so do not repeat elsewhere.
 
     Nor does FAB, which follows the boundary, nor an ascent through the steps of a defense: with kernels for AVX2 in the
     place of those for AVX-512, 3 of 10 answers of `aware:answer` against TTC are others. What they find may be another
-    image, but as often as before.
+    image, but as often as before. All 945 such cells of `quick` measured again on another processor: of what changes
+    images, only defenses that climb (5 % of the answers of TTC and HD at most) and retrieval (4 %) were above 1 %.
     """
     made = json.dumps(record["made_by"])
-    known = record["cell"]["attacker"] == "aware"
-    return known or any(word in made for word in ('"bfloat16"', '"float16"', '"fab-t"'))
+    if record["cell"]["attacker"] == "aware" or any(word in made for word in ('"bfloat16"', '"float16"', '"fab-t"')):
+        return True
+    follows = record["cell"]["task"] == "retrieve" or any(word in made for word in CLIMBING)
+    return record["changes_images"] and follows
 
 
 def _outcomes(task: str, answers: dict) -> np.ndarray:
