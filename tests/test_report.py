@@ -511,7 +511,9 @@ def found():
     """Verdicts at two scales; the second never tested the third claim."""
     rows = claim("P-C10", "supported", ("gain, a", 30.0, "agree"), ("gain, b", 9.0, "agree"), counts=(2, 0, 0))
     rows += claim("P-C2", "contradicted", ("drop", -5.0, "contradict"), counts=(0, 1, 0))
-    late = claim("Q-C1", "open", ("clean", 1.0, "open"), counts=(0, 0, 1), note="n = 900 would settle it")
+    late = claim(
+        "Q-C1", "open", ("clean", 1.0, "open"), counts=(0, 0, 1), note="9.0 times as many images would settle it"
+    )
     late += claim("P-OWN", "supported", ("ours", 3.0, "agree"), ours=True)
     return {"full": pd.DataFrame(rows), "quick": pd.DataFrame(rows + late)}
 
@@ -527,7 +529,7 @@ def test_verdicts_show_word_counts_effect_and_evidence(found):
     assert "9 % (code)" in line
     (late,) = [row for row in rows if row.startswith("Q-C1") and "holds" in row]
     assert "due" in late
-    assert "n = 900 would settle it" in late
+    assert "9.0 times as many images would settle it" in late
     folded = page.one("details")[2]
     assert folded.startswith("Evidence")
     assert "gain, babove 0+9.0 [+7.0, +11.0] ✓ agrees" in folded
@@ -569,7 +571,7 @@ def test_verdicts_of_many_pages_lead_to_them_and_have_one_anchor_each(found):
 def test_verdicts_take_what_judging_makes():
     gain = Condition("gain", Estimate(30, 20, 40), above=0)
     claims = [judge(Claim("C1", "up", "9 %"), [gain]), judge(Claim("C2", "down"), outside="no room here")]
-    claims += [judge(Claim("C3", "flat", ours=True), [Condition("side", Estimate(1, -4, 6), above=0)], n=100)]
+    claims += [judge(Claim("C3", "flat", ours=True), [Condition("side", Estimate(1, -4, 6), above=0)])]
     frame = verdict_table(claims)
     text = repr(report.verdicts({"quick": frame}))
     assert "✓ supported, 1 agree, 0 contradict, 0 open, +30.0 [+20.0, +40.0]" in text

@@ -92,12 +92,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim with the conditions it was tested by; `n` is the number of images behind each, where it is one number."""
+    """A claim with the conditions it was tested by; `outside` says why this world cannot test any of them."""
 
     claim: Claim
     conditions: tuple[Condition, ...]
     outside: str = ""
-    n: int | None = None
 
     @property
     def outcomes(self) -> list[str]:
@@ -132,7 +131,7 @@ class Judgement:
 
     @property
     def note(self) -> str:
-        """Of an open claim the effect that could have been seen and the n that would settle it; why one is outside."""
+        """Of an open claim the effect that could have been seen and what would settle it; why one is outside."""
         if self.verdict is Verdict.OUTSIDE:
             return self.outside or "; ".join(dict.fromkeys(part.outside for part in self.conditions if part.outside))
         visible = [distance for distance in self._deciding("visible") if not math.isnan(distance)]
@@ -150,16 +149,15 @@ class Judgement:
     def _settled_by(self) -> str:
         if self.times > 100:
             return "what was measured is too close to the bound for any affordable n"
-        amount = f"n = {math.ceil(self.times * self.n):,}" if self.n else f"{self.times:.1f} times as many images"
-        return f"if the truth is what was measured, {amount} would settle it"
+        return f"if the truth is what was measured, {self.times:.1f} times as many images would settle it"
 
     def _deciding(self, name: str) -> list[float]:
         return [getattr(part, name) for part in self.conditions if part.core and not part.outside]
 
 
-def judge(claim: Claim, conditions: Sequence[Condition] = (), outside: str = "", n: int | None = None) -> Judgement:
+def judge(claim: Claim, conditions: Sequence[Condition] = (), outside: str = "") -> Judgement:
     """The claim with its computed verdict; `outside` is a reason, known beforehand, why this world cannot test it."""
-    return Judgement(claim, tuple(conditions), outside, n)
+    return Judgement(claim, tuple(conditions), outside)
 
 
 def holm(ps: Sequence[float], level: float = LEVEL) -> list[bool]:
@@ -235,9 +233,11 @@ def kept_verdicts(scale: str, part: str, folder: Where = None) -> pd.DataFrame:
 def summed(rows: pd.DataFrame) -> dict:
     """One claim at one scale, of all its conditions: the first columns, and the two `ENDS` of the effects that decide.
 
-    The smallest and the largest effect are those of the core conditions; without any, they are not there.
+    The smallest and the largest effect are those of the core conditions that this world can test; without any, they are
+    not there.
     """
-    effects = rows[rows["core"].astype(bool) & rows["value"].notna()].sort_values("value")
+    decides = rows["core"].astype(bool) & rows["outcome"].ne("outside") & rows["value"].notna()
+    effects = rows[decides].sort_values("value")
     ends = effects.iloc[[0, -1]][["value", "low", "high"]].to_numpy().ravel() if len(effects) else []
     first = rows.iloc[0]
     return {name: first[name] for name in COLUMNS[: COLUMNS.index("what")]} | dict(zip(ENDS, ends, strict=False))
