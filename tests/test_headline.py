@@ -21,6 +21,8 @@ def board() -> pd.DataFrame:
         ("CLIP", "TTE", "defense", 70, 50, 10),
         ("CLIP", "none", "CLIP", 75, 4, 2),
         ("CLIP", "COLA", "defense", 70, 60, None),
+        ("CLIP", "TTC-reversed", "defense", 70, 60, 9),  # a gate that no paper has
+        ("TGA-ZSR-released", "none", "fine-tuned", 50, 35, 8),  # a recipe at another setting
     ]
     frame = pd.DataFrame(rows, columns=names)
     return frame.assign(worst_low=frame["worst"] - 1, worst_high=frame["worst"] + 1)
@@ -30,17 +32,20 @@ def test_defenses_are_counted_under_blind_and_under_all_attackers(board):
     said = headline.at_test_time(board, "here")
     assert said.startswith("Of 1 defenses at test time around an undefended CLIP, 1 keep at least 5 points")
     assert (
-        "and 1 once attackers who know the defense count (here); the best, TTE, falls from 50 to 10 % [9, 11]" in said
+        "and 1 once attackers who know the defense count, 1 of them with the whole interval (here); "
+        "the best, TTE, falls from 50 to 10 % [9, 11]" in said
     )
     weak = headline.at_test_time(board.assign(worst=board["worst"].where(board["defense"] != "TTE", 6)), "here")
     assert "and 0 once attackers" in weak
+    unsure = headline.at_test_time(board.assign(worst_low=0), "here")
+    assert "count, 0 of them with the whole interval" in unsure
 
 
 def test_recipes_and_the_best_of_all_are_named_with_their_intervals(board):
     said = headline.tuned(board, "here")
     assert "Of 2 recipes" in said
     assert "FARE keeps most in the worst case, 30 % [29, 31], at 60 % on clean images, and TeCoA least, 20 %" in said
-    assert "Best of all 4 entries of the leaderboard is FARE (fine-tuned): it keeps 30 %" in headline.best(
+    assert "Best of all 6 entries of the leaderboard is FARE (fine-tuned): it keeps 30 %" in headline.best(
         board, "here"
     )
 

@@ -247,6 +247,7 @@ def test_every_role_with_classes_by_default():
         ({"eps": ["x"]}, "eps='x'"),
         ({"template": "a photo"}, "template='a photo' has no {}"),
         ({"scale": "huge"}, "unknown scale 'huge'"),
+        ({"defenses": {"TTE": None}}, "defense 'TTE' is None; give the defense itself, or call it 'none'"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_any_work(wrong, message):

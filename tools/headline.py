@@ -33,7 +33,7 @@ def written(text: str, told: str) -> str:
 def main() -> None:
     """Compute and write all of it; with --check say whether the README is as it would be written."""
     boards = {name: leaderboard.rows(study.scale(name)) for name in study.EVIDENCE}
-    spoken = "What blind attackers leave of the best models and defenses, and what all attackers together leave"
+    spoken = "What blind attackers leave of the best models and defenses, and what all attacks on images together leave"
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf8")
     new = written(text, block(headline.sentences(boards), spoken))

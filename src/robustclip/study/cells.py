@@ -139,6 +139,8 @@ def grid(
     attacks = {name: attack and at_precision(as_attack(attack), precision) for name, attack in attacks.items()}
     if not isinstance(defenses, Mapping):
         defenses = {"none" if defense is None else type(defense).__name__: defense for defense in defenses}
+    for name in (name for name, defense in defenses.items() if defense is None and name != "none"):
+        raise ValueError(f"defense {name!r} is None; give the defense itself, or call it 'none'")
     defenses = {name: defense and as_defense(defense) for name, defense in defenses.items()}
     budgets = [None] if eps is None else [parse_eps(value) for value in eps]
     cells = []

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from robustclip.study import finetuning
 from robustclip.study.claims import Verdict
 from robustclip.study.ledger import DUE, in_both, ledger
 
 KEEPS = 5.0  # points over CLIP alone that we call something
 AMONG = {"photo": "on photographs", "full": "in Tinyworld", "quick": "in Tinyworld, a small run"}
+GATED = ("-open", "-reversed", "-calibrated")  # ends of names: other gates than the published ones, of our own
 WORDS = (*map(str, Verdict), DUE)
 
 
@@ -40,23 +42,27 @@ def claimed(claims: pd.DataFrame) -> str:
 
 def at_test_time(board: pd.DataFrame, among: str) -> str:
     """What defenses around the undefended CLIP keep under blind attackers, and under those who know."""
-    alone = board[(board["model"] == "CLIP") & (board["defense"] == "none")]
-    around = board[(board["model"] == "CLIP") & (board["defense"] != "none") & board["worst"].notna()]
+    on_clip = board[(board["model"] == "CLIP") & ~board["defense"].str.endswith(GATED)]
+    alone = on_clip[on_clip["defense"] == "none"]
+    around = on_clip[(on_clip["defense"] != "none") & on_clip["worst"].notna()]
     if alone.empty or around.empty:
         return ""
     plain = alone.iloc[0]
     blind, worst = ((around[name] - plain[name] >= KEEPS).sum() for name in ("blind", "worst"))
+    surely = (around["worst_low"] - plain["worst"] >= KEEPS).sum()
     top = around.iloc[0]
     return (
         f"Of {len(around)} defenses at test time around an undefended CLIP, {blind} keep at least {KEEPS:.0f} points "
-        f"more than CLIP alone under the papers' blind PGD, and {worst} once attackers who know the defense count "
-        f"({among}); the best, {top['defense']}, falls from {top['blind']:.0f} to {shown(top, 'worst')}."
+        f"more than CLIP alone under the papers' blind PGD, and {worst} once attackers who know the defense count, "
+        f"{surely} of them with the whole interval ({among}); the best, {top['defense']}, falls from "
+        f"{top['blind']:.0f} to {shown(top, 'worst')}."
     )
 
 
 def tuned(board: pd.DataFrame, among: str) -> str:
-    """The recipe of fine-tuning that keeps most at equal budget."""
-    models = board[(board["kind"] == "fine-tuned") & (board["defense"] == "none") & board["worst"].notna()]
+    """The recipe of fine-tuning that keeps most at equal budget, of those that have a page."""
+    bare = board[board["model"].isin(finetuning.MAIN) & (board["defense"] == "none")]
+    models = bare[bare["worst"].notna()]
     if models.empty:
         return ""
     top, last = models.iloc[0], models.iloc[-1]
@@ -76,7 +82,8 @@ def best(board: pd.DataFrame, among: str) -> str:
     behind = "" if top["defense"] == "none" else f" behind {top['defense']}"
     return (
         f"Best of all {len(ranked)} entries of the leaderboard is {top['model']}{behind} ({top['kind']}): it keeps "
-        f"{shown(top, 'worst')} in the worst case over all attackers, {top['clean']:.0f} % on clean images ({among})."
+        f"{shown(top, 'worst')} in the worst case over all attacks on images, {top['clean']:.0f} % on clean ones "
+        f"({among})."
     )
 
 
