@@ -332,6 +332,7 @@ def test_comparison_has_a_column_for_each_number(attacked):
     references = {"photo": full.iloc[:0], "full": full}
     table = report.comparison(printed, run, references, methods={"clip": "CLIP"}, caption="Table I", note="Mine.")
     assert table.caption == "Table I, in %"
+    assert report.comparison(printed, run, caption="Gaps", unit="points").caption == "Gaps, in points"
     assert table.heads == (
         *("method", "attack", "dataset", "paper", "photo", "Tinyworld (full), n = 300", "this run (quick), n = 100"),
     )

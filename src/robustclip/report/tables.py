@@ -164,6 +164,7 @@ def comparison(
     best: str | None = None,
     caption: str = "Paper and measurements",
     note: str = "",
+    unit: str = "%",
 ) -> HtmlTable:
     """Put paper, references and this run side by side, one column per number, with n and interval below each.
 
@@ -199,7 +200,7 @@ def comparison(
     heads = [head + _shared_n(said.get(head, theirs)) for head in columns]
     notes = tuple(f"{head}: {' '.join(words.notes(frame, on))}" for head, frame in said.items())
     below = [note, *(f"{head}: {played}" for head, frame in said.items() if (played := words.played(frame)))]
-    return HtmlTable((*on, *heads), tuple(lines), len(on), f"{caption}, in %", notes, "\n".join(below))
+    return HtmlTable((*on, *heads), tuple(lines), len(on), f"{caption}, in {unit}", notes, "\n".join(below))
 
 
 def counterparts(references: Mapping[str, pd.DataFrame], run: pd.DataFrame) -> pd.DataFrame:
