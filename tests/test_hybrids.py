@@ -24,7 +24,8 @@ CLEAN = found(CLIP_none=(90, 70), TeCoA_none=(50, 60), half_none=(80, 70), half_
 
 
 def one_cell(attacks, defense=None, n=12):
-    (cell,) = grid("quick", {"fake": FakeClip()}, ["cifar10"], attacks, {"own" if defense else "none": defense}, ("aware",), n=n)
+    defenses = {"own" if defense else "none": defense}
+    (cell,) = grid("quick", {"fake": FakeClip()}, ["cifar10"], attacks, defenses, ("aware",), n=n)
     return cell
 
 
