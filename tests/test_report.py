@@ -109,6 +109,11 @@ def test_fixture_has_the_columns_of_evaluate(frame):
     assert set(frame.columns) == set(COLUMNS)
 
 
+def test_intervals_say_what_stands_behind_them():
+    assert words.trained(1, "9 images").endswith("over 9 images and say nothing about other trainings.")
+    assert words.trained(3, "9 images") == "Intervals are a bootstrap over 3 seeds of training and 9 images."
+
+
 def test_audits_counts_what_was_looked_at_and_lists_every_flag():
     frame = pd.DataFrame({"dataset": "CIFAR10", "model": ["a", "b", "c", "d"], "attack": "PGD-100"})
     frame["flags"] = ["passed", "not audited", "square; noise", ""]

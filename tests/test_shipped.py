@@ -16,6 +16,8 @@ from robustclip.study.tasks import TASK
 
 CELLS, PASSES = 3, 8_000  # a sample, of cells that take so many passes at most
 ROUNDED = 0.01  # of answers: single precision rounds by the processor, too, and now and then the sign of a gradient
+COARSE = ('"bfloat16"', '"float16"', '"fab-t"')  # what never repeats on another processor
+CLIMBING = ("Counterattack", "Hedge", "SelfConsistency")  # defenses that go up along gradients themselves
 
 
 @pytest.mark.parametrize("scale", ["quick", "full"])
@@ -43,9 +45,6 @@ def test_a_sample_of_shipped_cells_measured_again_gives_the_same_answers(tmp_pat
             assert answers == record["answers"], record["cell"]
 
 
-CLIMBING = ("Counterattack", "Hedge", "SelfConsistency")  # defenses that go up along gradients themselves
-
-
 def _rounds_coarsely(record: dict) -> bool:
     """Gradients in half precision round as the kernels of each kind of processor do, and so do not repeat elsewhere.
 
@@ -55,10 +54,9 @@ def _rounds_coarsely(record: dict) -> bool:
     images, only defenses that climb (5 % of the answers of TTC and HD at most) and retrieval (4 %) were above 1 %.
     """
     made = json.dumps(record["made_by"])
-    if record["cell"]["attacker"] == "aware" or any(word in made for word in ('"bfloat16"', '"float16"', '"fab-t"')):
+    if record["cell"]["attacker"] == "aware" or any(word in made for word in COARSE):
         return True
-    follows = record["cell"]["task"] == "retrieve" or any(word in made for word in CLIMBING)
-    return record["changes_images"] and follows
+    return record["changes_images"] and (record["cell"]["task"] == "retrieve" or any(word in made for word in CLIMBING))
 
 
 def _outcomes(task: str, answers: dict) -> np.ndarray:

@@ -220,6 +220,8 @@ def test_room_knows_three_kinds_of_claims():
     with pytest.raises(ValueError, match="claims 'more'"):
         room(Estimate(1, 0, 2), claims="more")
     assert room(Estimate(93, 90, 95), claims="gain", ceiling=95) == ""
+    assert room(Estimate(7, 5, 9), claims="loss", by=5) == "floor: 7.0 % leaves no room for a loss"
+    assert room(Estimate(7.1, 5, 9), claims="loss", by=5) == room(Estimate(7, 5, 9), claims="gain", by=5) == ""
 
 
 # --- tables and files -------------------------------------------------------------------------------------------------

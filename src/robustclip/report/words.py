@@ -45,6 +45,13 @@ def played(frame: pd.DataFrame) -> str:
     return _plays(frame.assign(played_by=frame["played_by"].map(ran)), "played_by", "attack", ",")
 
 
+def trained(seeds: int, over: str) -> str:
+    """Say what intervals `over` some images do and do not cover, by the number of training seeds behind them."""
+    if seeds == 1:
+        return f"With one seed of training, intervals are over {over} and say nothing about other trainings."
+    return f"Intervals are a bootstrap over {seeds} seeds of training and {over}."
+
+
 def scale_of(frame: pd.DataFrame) -> str:
     """Return "scale: quick"; a number without its scale is an error."""
     if "scale" not in frame:

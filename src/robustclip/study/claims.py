@@ -181,14 +181,16 @@ def together(zs: Sequence[float]) -> float:
     return min(sum(reached) / len(reached), reached[math.ceil(2 * len(reached) / 3) - 1])
 
 
-def room(*sides: Estimate, claims: str, floor: float = 2.0, ceiling: float = 92.0) -> str:
+def room(*sides: Estimate, claims: str, floor: float = 2.0, ceiling: float = 92.0, by: float = 0.0) -> str:
     """Why the baseline leaves no room for what is claimed, or "": a rule that looks at accuracies, not at differences.
 
     A claimed "gain" over a baseline needs it below the ceiling, a "loss" above the floor; a "difference" of two sides
-    needs one of them above the floor and one below the ceiling, which is that of the design of our worlds.
+    needs one of them above the floor and one below the ceiling, which is that of the design of our worlds. A loss `by`
+    so many points needs a baseline as far above the floor.
     """
     check_choice("claims", claims, ("gain", "loss", "difference"))
     values = [side.value for side in sides]
+    floor += by if claims == "loss" else 0
     told = " and ".join(f"{value:.1f} %" for value in values)
     if claims != "loss" and min(values) >= ceiling:
         return f"ceiling: {told} leaves no room for a {claims}"
